@@ -1,0 +1,1 @@
+"""attn: the plugin layer for attention kernels in LLM serving."""
