@@ -22,13 +22,13 @@ class AttentionBackend(ABC):
     """Two forward functions and one metadata function make a backend that works; three more make it replay graphs.
 
     One instance serves one cache and one config. Per step the engine calls ``init_forward_metadata`` once, then one
-    forward for each layer. Everything that belongs to a step lives in ``batch.plan_state``, so several batches may be in
-    flight. Keys and values are always read from the cache: a forward first writes k, v to ``batch.slot_mapping``; with
+    forward for each layer. Everything that belongs to a step lives in ``batch.plan_state``, so several batches may be
+    in flight. Keys and values are always read from the cache: a forward first writes k, v to ``batch.slot_mapping``; with
     ``save_kv_cache=False`` they are there already (``write_kv``), and k and v may be None.
 
     Shapes: q [T, Hq, Dqk], k [T, Hkv, Dqk], v [T, Hkv, Dv] -> out [T, Hq, Dv] (, lse [T, Hq] fp32). MLA: k [T, 1, Dqk],
-    v None. A cross layer's k and v are the encoder's [T_enc, Hkv, D], written to ``batch.encoder_slot_mapping``, or None
-    when they were written in an earlier step. ``out`` is filled and returned if given.
+    v None. A cross layer's k and v are the encoder's [T_enc, Hkv, D], written to ``batch.encoder_slot_mapping``, or
+    None when they were written in an earlier step. ``out`` is filled and returned if given.
     """
 
     #: the name of the backend's entry point
@@ -113,8 +113,8 @@ class AttentionBackend(ABC):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Feature ``ragged``: attention over keys that are given, q [T, Hq, Dqk], k [S, Hkv, Dqk], v [S, Hkv, Dv].
 
-        Request b has queries ``query_start_loc[b]:query_start_loc[b + 1]`` and keys likewise. ``causal`` aligns the last
-        query with the last key. Needs no batch and no cache.
+        Request b has queries ``query_start_loc[b]:query_start_loc[b + 1]`` and keys likewise. ``causal`` aligns the
+        last query with the last key. Needs no batch and no cache.
         """
         raise ConfigError(
             f"{self.name or type(self).__name__} has no forward_ragged",
@@ -133,7 +133,7 @@ class AttentionBackend(ABC):
         )
 
     def init_forward_metadata_capture_cuda_graph(self, batch: ForwardBatch) -> None:
-        """Like ``init_forward_metadata``, into the shared buffers; called before a graph of this batch size is captured."""
+        """Like ``init_forward_metadata``, into the shared buffers; called before a graph of this size is captured."""
         raise ConfigError(
             f"{self.name or type(self).__name__} has no CUDA graphs",
             hint="plan with cuda_graph=True: it is refused there",

@@ -73,8 +73,8 @@ class TreeMask:
 class ForwardBatch:
     """One step, in engine-neutral fields with one meaning each. B = requests, T = new tokens of all of them.
 
-    The new tokens of request b are rows ``query_start_loc[b]`` to ``query_start_loc[b + 1]`` of q, k, v; they are the last
-    ones of its sequence, so that its first new token stands at position ``seq_lens[b] - query_len[b]``.
+    The new tokens of request b are rows ``query_start_loc[b]`` to ``query_start_loc[b + 1]`` of q, k, v; they are the
+    last ones of its sequence, so that its first new token stands at position ``seq_lens[b] - query_len[b]``.
     """
 
     mode: ForwardMode
@@ -82,7 +82,8 @@ class ForwardBatch:
     seq_lens: Tensor
     #: [B + 1] int32: where each request's new tokens begin
     query_start_loc: Tensor
-    #: [B, max_pages] int32: page ids in order; page 0 is the null page, never allocated; entries past the end are unspecified
+    #: [B, max_pages] int32: page ids in order; page 0 is the null page, never allocated;
+    #: entries past the end are unspecified
     page_table: Tensor
     #: [T] int64: page * page_size + offset of each new token; -1 = do not write (padding, or written already)
     slot_mapping: Tensor
@@ -97,7 +98,8 @@ class ForwardBatch:
     tree: TreeMask | None = None
     #: [B, S, 2] int32: half-open position ranges whose tokens see each other both ways; (0, 0) is no span
     spans: Tensor | None = None
-    #: cross-attention keys: [B] int32, [B, max_encoder_pages] int32, and where k and v of a cross layer are written, [T_enc] int64
+    #: cross-attention keys: [B] int32, [B, max_encoder_pages] int32, and where k and v of a cross layer are written,
+    #: [T_enc] int64
     encoder_seq_lens: Tensor | None = None
     encoder_page_table: Tensor | None = None
     encoder_slot_mapping: Tensor | None = None
@@ -137,8 +139,8 @@ class ForwardBatch:
     ) -> ForwardBatch:
         """From host lists: ``query_lens[b]`` new tokens at the end of ``seq_lens[b]``, in the pages ``pages[b]``.
 
-        ``write[b]`` False gives the request slots of -1. ``write_encoder`` fills ``encoder_slot_mapping`` for all encoder tokens.
-        The host copies of the lengths are kept. Raises BatchError if the pages do not hold the sequence.
+        ``write[b]`` False gives the request slots of -1. ``write_encoder`` fills ``encoder_slot_mapping`` for all
+        encoder tokens. The host copies of the lengths are kept. Raises BatchError if the pages do not hold the sequence.
         """
         _check_lists(mode, query_lens, seq_lens, pages, page_size)
         starts = [0]

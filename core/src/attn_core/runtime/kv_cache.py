@@ -28,7 +28,7 @@ def cache_dtype(config: AttentionConfig) -> torch.dtype:
 
 
 class KVCache:
-    """Keys and values of every cached layer, in pages. Page 0 is the null page: it may hold anything and nobody reads it.
+    """Keys and values of every cached layer, in pages. Page 0 is the null page: it may hold anything, nobody reads it.
 
     Layouts of one layer's tensors: NHD [pages, page_size, Hkv, D], HND [pages, Hkv, page_size, D],
     MLA one tensor [pages, page_size, kv_lora_rank + rope] whose values are the first kv_lora_rank of a row.
@@ -36,7 +36,7 @@ class KVCache:
     """
 
     def __init__(self, k: Mapping[int, Tensor], v: Mapping[int, Tensor | None], *, page_size: int, layout: str) -> None:
-        """Wrap tensors by layer id; ``v[i]`` is None for MLA. Raises ConfigError for shapes that do not fit together."""
+        """Wrap tensors by layer id; ``v[i]`` is None for MLA. Raises ConfigError for shapes that do not fit."""
         self.page_size = check_page_size(page_size)
         self.layout = layout
         self._k = dict(k)
@@ -60,7 +60,7 @@ class KVCache:
 
     @classmethod
     def allocate(cls, config: AttentionConfig, *, num_pages: int, device: torch.device | str = "cpu") -> KVCache:
-        """Zeroed pools for every cached layer of ``config``, whose page_size and kv_layout must be decided (plan.config).
+        """Zeroed pools for every cached layer of ``config``, whose page_size and kv_layout are decided (plan.config).
 
         ``num_pages`` counts the null page.
         """
@@ -127,8 +127,8 @@ class KVCache:
     def write(self, layer: AttentionLayer, slot_mapping: Tensor, k: Tensor, v: Tensor | None) -> None:
         """Store k [T, Hkv, Dk] and v [T, Hkv, Dv] (None for MLA) at ``slot_mapping`` [T]; a slot of -1 is not written.
 
-        An fp8 cache stores value / scale, saturated. No host synchronisation: a row of -1 rewrites slot 0, which lies in
-        the null page, with what is there.
+        An fp8 cache stores value / scale, saturated. No host synchronisation: a row of -1 rewrites slot 0, which lies
+        in the null page, with what is there.
         """
         _scatter(self.k_nhd(layer.layer_id), slot_mapping, k, layer.k_scale, self.page_size)
         value = self._v[layer.layer_id]
@@ -214,8 +214,10 @@ def _check_tensor(layer_id: int, name: str, tensor: Tensor, layout: str, page_si
         raise ConfigError(f"layout {layout!r}", given=layout, accepted=("NHD", "HND", "MLA"))
     if tensor.dim() != dims or tensor.shape[token_dim] != page_size or tensor.stride(-1) != 1:
         raise ConfigError(
-            f"layer {layer_id}: {name} of shape {tuple(tensor.shape)} and strides {tensor.stride()} as {layout} pages of {page_size}",
-            accepted="NHD [pages, page_size, Hkv, D], HND [pages, Hkv, page_size, D], MLA [pages, page_size, D]; last stride 1",
+            f"layer {layer_id}: {name} of shape {tuple(tensor.shape)} and strides {tensor.stride()}"
+            f" as {layout} pages of {page_size}",
+            accepted="NHD [pages, page_size, Hkv, D], HND [pages, Hkv, page_size, D], MLA [pages, page_size, D];"
+            " last stride 1",
         )
 
 
@@ -226,7 +228,7 @@ def _as_nhd(tensor: Tensor, layout: str) -> Tensor:
 
 
 def _split_pages(tensor: Tensor, ratio: int) -> Tensor:
-    """[pages, n, ...] as [pages * ratio, n / ratio, ...] without a copy: needs pages that follow each other in memory."""
+    """[pages, n, ...] as [pages * ratio, n / ratio, ...] without a copy; pages must follow each other in memory."""
     pages, tokens = tensor.shape[:2]
     if pages > 1 and tensor.stride(0) != tokens * tensor.stride(1):
         raise ConfigError(

@@ -17,7 +17,8 @@ class AttentionLayer:
 
     ``sliding_window`` W: a query at position p sees keys max(0, p-W+1)..p; None sees all.
     ``softcap`` 0 is off. ``sinks`` [Hq], any float dtype: one more logit in the denominator, with no value, not scaled
-    and not capped. ``k_scale``, ``v_scale``: stored value times scale is the key (value) of an fp8 cache; 1.0 for others.
+    and not capped. ``k_scale``, ``v_scale``: stored value times scale is the key (value) of an fp8 cache; 1.0
+    for others.
     ``kind="mla"``: absorbed; q and the one latent key are ``qk_head_dim`` wide, values are its first ``v_head_dim``.
     """
 
@@ -44,7 +45,8 @@ class AttentionLayer:
             from attn_core.errors import ConfigError
 
             raise ConfigError(
-                f"layer {layer_id}: its kind has sinks={kind.sinks}, and sinks are {'' if sinks is not None else 'not '}given",
+                f"layer {layer_id}: its kind has sinks={kind.sinks},"
+                f" and sinks are {'' if sinks is not None else 'not '}given",
                 accepted="a [Hq] tensor exactly when the kind has sinks",
             )
         return cls(

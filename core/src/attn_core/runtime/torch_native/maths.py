@@ -1,0 +1,57 @@
+"""The definition of attention in plain torch: scores, cap, mask, softmax in fp32, sink, log-sum-exp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attn_core.runtime.layer import AttentionLayer
+
+NEG_INF = float("-inf")
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer, visible: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` over these keys, without the sink: q [N, L, Hq, D], k [N, S, Hkv, D], v [N, S, Hkv, Dv].
+
+    ``visible`` [N, L, S] bool (N or L may be 1), or None for all. Returns fp32 out [N, L, Hq, Dv] and lse [N, L, Hq]; a
+    query that sees nothing has out 0 and lse -inf. Keys that nobody sees may hold NaN: their scores are replaced, and
+    the caller has cleared their values (see ``clear_unseen``).
+    """
+    n, length, heads, dim = q.shape
+    kv_heads, group = layer.num_kv_heads, layer.group_size
+    grouped = q.float().view(n, length, kv_heads, group, dim).permute(0, 2, 3, 1, 4)
+    scores = torch.matmul(
+        grouped.reshape(n, kv_heads, group * length, dim) * layer.scale, k.float().permute(0, 2, 3, 1)
+    ).view(n, kv_heads, group, length, -1)
+    if layer.softcap:
+        scores = scores.div_(layer.softcap).tanh_().mul_(layer.softcap)
+    if visible is not None:
+        scores = scores.masked_fill_(~visible[:, None, None], NEG_INF)
+    if not scores.shape[-1]:
+        return q.new_zeros(n, length, heads, v.shape[-1], dtype=torch.float32), scores.new_full(
+            (n, length, heads), NEG_INF
+        )
+    top = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(top.masked_fill(top == NEG_INF, 0.0)).exp_()
+    total = weights.sum(-1, keepdim=True)
+    out = torch.matmul(weights.view(n, kv_heads, group * length, -1), v.float().transpose(1, 2))
+    out = out.view(n, kv_heads, group, length, -1) / total.masked_fill(total == 0, 1.0)
+    lse = (top + torch.log(total)).squeeze(-1)
+    return (
+        out.permute(0, 3, 1, 2, 4).reshape(n, length, heads, -1),
+        lse.permute(0, 3, 1, 2).reshape(n, length, heads),
+    )
+
+
+def clear_unseen(v: Tensor, seen: Tensor) -> Tensor:
+    """v [N, S, Hkv, Dv] with 0 where ``seen`` [N, S] is False: a weight of 0 times NaN would still be NaN."""
+    return v.masked_fill(~seen[:, :, None, None], 0.0)
+
+
+def add_sink(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` with one more logit per head in the denominator, with no value: sinks [Hq], out [..., Hq, Dv].
+
+    e^lse / (e^lse + e^sink) = sigmoid(lse - sink).
+    """
+    sinks = sinks.float()
+    return out * torch.sigmoid(lse - sinks)[..., None], torch.logaddexp(lse, sinks)
