@@ -1,0 +1,1 @@
+"""Benchmarks of installed backends: named shapes, timing, the result format, the plot."""
