@@ -1,4 +1,4 @@
-"""Measuring an installed backend on a shape: through plan and build, as an engine would, on random data in shuffled pages."""
+"""Measuring an installed backend on a shape: through plan and build, on random data in shuffled pages."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Workload:
         return cls(shape, layer, cache, batch, q, k, v, pages)
 
     def call(self, backend: AttentionBackend) -> Callable[[], Tensor]:
-        """One layer's forward, its keys in the cache already; metadata is made now, once, as in a step of many layers."""
+        """One layer's forward, its keys in the cache already; the metadata is made now, once a step as always."""
         backend.init_forward_metadata(self.batch)
 
         def forward() -> Tensor:
