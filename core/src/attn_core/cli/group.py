@@ -1,0 +1,79 @@
+"""The group `attn` in click: its subcommands are imported when they are called, and listed without being imported."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import click
+
+from attn_core.cli import COMMANDS, INTERRUPTED
+from attn_core.errors import nearest
+
+
+class LazyGroup(click.Group):
+    """Knows its commands by COMMANDS, so that neither ``--help`` nor a typing error imports them all."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module: Any = importlib.import_module(f"attn_core.cli.{cmd_name.replace('-', '_')}")
+        command: click.Command = module.command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            near = nearest(args[0], COMMANDS)
+            raise click.UsageError(
+                f"no command {args[0]!r}. " + (f"Did you mean {near!r}?" if near else "attn --help lists them."), ctx
+            )
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+def run(args: list[str]) -> int:
+    """Run the command line ``args`` through click and give the exit code. Raises AttnError as the subcommand does."""
+    try:
+        outcome = attn.main(args=args, prog_name="attn", standalone_mode=False)
+    except click.exceptions.Abort:
+        return INTERRUPTED
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+        return 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    return outcome if isinstance(outcome, int) else 0
+
+
+def _show_version(ctx: click.Context, _param: click.Parameter, asked: bool) -> None:
+    if asked:
+        from attn_core.cli.listing import core_version
+
+        print(f"attn {core_version()}")
+        ctx.exit()
+
+
+attn = LazyGroup(
+    name="attn",
+    help="The plugin layer for attention kernels in LLM serving: correct, or refused.",
+    epilog="Exit codes: 0 fine, 1 a check failed, 2 usage, 3 nothing fits, 4 broken or ambiguous, 5 protocol.",
+    params=[
+        click.Option(
+            ["--version"],
+            is_flag=True,
+            expose_value=False,
+            is_eager=True,
+            callback=_show_version,
+            help="Show the version and exit.",
+        )
+    ],
+)
