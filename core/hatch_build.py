@@ -1,4 +1,4 @@
-"""Build hook of attn-core: the evidence of the conformance kit travels in the wheel, so that installed tables can show it."""
+"""Build hook of attn-core: the evidence of the conformance kit travels in the wheel, for installed tables to show."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""`attn completion`: a static script for a shell, made from the commands; at run time it asks only for backend names."""
+"""`attn completion`: a static script for a shell, made from the commands; it asks only for backend names."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import click
 
@@ -55,7 +55,7 @@ def _word(param: click.Parameter) -> Word:
     return Word(flags, _values(param.type) if takes_value else None, isinstance(param.type, click.Path), text)
 
 
-def _values(kind: click.ParamType) -> str:
+def _values(kind: click.ParamType[Any]) -> str:
     if isinstance(kind, click.Choice):
         return " ".join(map(str, kind.choices))
     if kind.name == "backend":
@@ -82,7 +82,8 @@ def _bash() -> str:
         for flag in word.flags
     )
     options = "\n".join(
-        f'        {name}) words="{" ".join(flag for word in words(name) for flag in word.flags)}" ;;' for name in COMMANDS
+        f'        {name}) words="{" ".join(flag for word in words(name) for flag in word.flags)}" ;;'
+        for name in COMMANDS
     )
     arguments = "\n".join(
         f'        {name}) words="{word.values}" ;;'
@@ -156,8 +157,12 @@ def _fish() -> str:
             flags = " ".join(f"-l {flag[2:]}" if flag.startswith("--") else f"-s {flag[1:]}" for flag in word.flags)
             if not flags and not word.values:
                 continue
-            value = "" if word.values is None else f" -x -a \"{word.values.replace('$(', '(')}\"" if word.values else " -r"
-            lines.append(" ".join(filter(None, (seen, flags, value.strip(), f"-d {_quoted(word.help)}" if word.help else ""))))
+            value = (
+                "" if word.values is None else f' -x -a "{word.values.replace("$(", "(")}"' if word.values else " -r"
+            )
+            lines.append(
+                " ".join(filter(None, (seen, flags, value.strip(), f"-d {_quoted(word.help)}" if word.help else "")))
+            )
     return "\n".join(lines)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+import warnings
 from typing import Any
 
 import click
@@ -41,6 +43,7 @@ class LazyGroup(click.Group):
 
 def run(args: list[str]) -> int:
     """Run the command line ``args`` through click and give the exit code. Raises AttnError as the subcommand does."""
+    warnings.showwarning = _show_warning
     try:
         outcome = attn.main(args=args, prog_name="attn", standalone_mode=False)
     except click.exceptions.Abort:
@@ -52,6 +55,14 @@ def run(args: list[str]) -> int:
         error.show()
         return error.exit_code
     return outcome if isinstance(outcome, int) else 0
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """Our own warnings are one line of prose for the user; others keep the place they come from."""
+    ours = category.__module__.startswith("attn_core.")
+    print(f"attn: {message}" if ours else warnings.formatwarning(message, category, filename, lineno), file=sys.stderr)
 
 
 def _show_version(ctx: click.Context, _param: click.Parameter, asked: bool) -> None:

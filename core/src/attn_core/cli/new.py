@@ -18,7 +18,9 @@ TEMPLATE: Final = Path(attn_core.__file__).parent / "template"
 @click.command()
 @click.argument("name")
 @click.option(
-    "--output", type=click.Path(path_type=Path), help="Where to write; a folder that is not there yet. [default: ./attn-NAME]"
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Where to write; a folder that is not there yet. [default: ./attn-NAME]",
 )
 def command(name: str, output: Path | None) -> None:
     """Write a plugin package for a backend called NAME: entry point, manifest, a backend that works, tests, CI."""

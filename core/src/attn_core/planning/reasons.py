@@ -188,6 +188,23 @@ def evaluate(manifest: Manifest, config: AttentionConfig, phase: Phase, system: 
     )  # fmt: skip
 
 
+def availability(manifest: Manifest, system: System) -> tuple[Reason, ...]:
+    """What stands against any use of a backend on ``system``, whatever is asked of it; root cause first, empty if nothing.
+
+    What a system that is not here (``forced``) has installed cannot be judged, and is left out.
+    """
+    for_device = any(_is_for(clause, system) for clause in manifest.clauses)
+    reasons = () if system.forced else tuple(_missing(manifest, system, for_device))
+    if not manifest.speaks_protocol:
+        reasons += (_protocol_reason(manifest),)
+    if not for_device:
+        return (*reasons, _device_reason(manifest, system))
+    if not any(_is_for(clause, system) and clause.arch.allows(system.arch) for clause in manifest.clauses):
+        archs = dict.fromkeys(str(clause.arch) for clause in manifest.clauses if _is_for(clause, system))
+        reasons += (reason("arch_mismatch", "arch", system.arch or "unknown", " or ".join(archs)),)
+    return reasons
+
+
 def _is_for(clause: Clause, system: System) -> bool:
     return system.device in clause.devices or "any" in clause.devices
 

@@ -1,0 +1,127 @@
+"""What `attn list-backends` shows, without click: shells ask for it at every completion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from attn_core.cli.output import note, print_json, print_table
+from attn_core.planning.discovery import BackendRef, Installed, discover
+from attn_core.planning.distributions import scan
+from attn_core.planning.filters import CORE_DISTRIBUTION
+from attn_core.planning.manifest import HEADLINE, headline
+from attn_core.planning.reasons import availability
+from attn_core.planning.system import System, detect
+
+FLAGS: Final = frozenset({"--json", "--names", "--strict"})
+#: exit code of --strict where something is broken or ambiguous
+BROKEN: Final = 4
+
+
+def list_backends(flags: Sequence[str]) -> int:
+    """Print every installed backend, as ``flags`` (a subset of FLAGS) ask; the exit code."""
+    installed = discover()
+    for line in installed.notes:
+        note(line)
+    if "--names" in flags:
+        print("\n".join(installed.names))
+    else:
+        system = detect()
+        entries = _entries(installed, system)
+        if "--json" in flags:
+            print_json("list-backends", {"system": str(system), "backends": entries, "problems": _problems(installed)})
+        else:
+            _print(entries, installed)
+    return BROKEN if "--strict" in flags and _broken(installed) else 0
+
+
+def core_version() -> str:
+    """The version of the core that is installed; ``unknown`` if it runs from a folder that nothing installed."""
+    core = scan().get(CORE_DISTRIBUTION)
+    return core.version if core else "unknown"
+
+
+def _broken(installed: Installed) -> bool:
+    return any(problem.code != "disabled" for problem in installed.problems) or any(
+        r.ambiguous for r in installed.backends
+    )
+
+
+def _entries(installed: Installed, system: System) -> list[dict[str, Any]]:
+    from attn_core.testing.matrix import best_level, evidence_folders, read_evidence
+
+    runs, problems = read_evidence(evidence_folders(installed.backends))
+    for problem in problems:
+        note(f"evidence: {problem}")
+    return [_entry(ref, system, best_level(runs, ref.name)) for ref in installed.backends]
+
+
+def _entry(ref: BackendRef, system: System, level: str) -> dict[str, Any]:
+    reasons = availability(ref.manifest, system)
+    return {
+        "name": ref.listed,
+        "distribution": ref.dist,
+        "version": ref.version,
+        "usable": not reasons and not ref.ambiguous,
+        "reasons": [each.to_json() for each in reasons],
+        "ambiguous": ref.ambiguous,
+        "headline": headline(ref.manifest),
+        "evidence": level,
+        "summary": ref.manifest.summary,
+        "object": ref.object,
+    }
+
+
+def _problems(installed: Installed) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": problem.listed,
+            "distribution": problem.dist,
+            "version": problem.version,
+            "code": problem.code,
+            "message": problem.message,
+            "hint": problem.hint,
+        }
+        for problem in installed.problems
+    ]
+
+
+def _print(entries: list[dict[str, Any]], installed: Installed) -> None:
+    headers = ("backend", "distribution", "usable here", *HEADLINE.values(), "evidence")
+    rows = [
+        (
+            entry["name"],
+            f"{entry['distribution']} {entry['version']}",
+            _usable(entry),
+            *("yes" if has else "-" for has in entry["headline"].values()),
+            entry["evidence"],
+        )
+        for entry in entries
+    ]
+    rows += [
+        (
+            problem.listed,
+            f"{problem.dist} {problem.version}",
+            _cause(problem.code, problem.message),
+            *"-" * len(HEADLINE),
+            "-",
+        )
+        for problem in installed.problems
+    ]
+    print_table(headers, sorted(rows))
+    for problem in installed.problems:
+        if problem.hint and problem.code != "disabled":
+            note(f"{problem.listed}: {problem.hint}")
+
+
+def _cause(code: str, message: str) -> str:
+    return f"{'disabled' if code == 'disabled' else 'broken'}: {message}"
+
+
+def _usable(entry: dict[str, Any]) -> str:
+    if entry["ambiguous"]:
+        return "no: the name is claimed twice; use the full one"
+    if entry["reasons"]:
+        root = entry["reasons"][0]
+        return f"no: {root['field']} is {root['wanted']}, it needs {root['have']}"
+    return "yes"

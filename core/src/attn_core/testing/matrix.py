@@ -1,0 +1,294 @@
+"""The support matrix: what manifests claim beside what evidence proves, and never a bare tick."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from attn_core.errors import CheckFailedError
+from attn_core.planning.config import FEATURES
+from attn_core.planning.discovery import BackendRef
+from attn_core.planning.manifest import HEADLINE, Manifest, headline
+
+#: Folder of evidence to read in place of the one that ships with the core.
+EVIDENCE_VARIABLE: Final = "ATTN_EVIDENCE"
+EVIDENCE_SCHEMA: Final = "attn/evidence"
+EVIDENCE_VERSION: Final = 1
+
+_ANEW: Final = "write it anew: attn verify NAME --evidence DIR"
+
+#: How a claim was proved, the strongest first; levels are never mixed in one cell.
+LEVELS: Final = ("silicon", "isa-emulated", "contract-emulated", "compiled", "schema", "declared")
+
+#: Which outcomes of a run stand behind each headline flag; one that was proved is enough.
+_HEADLINE_FEATURES: Final[Mapping[str, tuple[str, ...]]] = {
+    "page_size_gt_1": ("page_size_gt_1",),
+    "spec_decoding": ("verify_chain", "verify_tree"),
+    "mla": ("mla",),
+    "sliding_window": ("sliding_window",),
+    "multimodal": ("bidirectional_spans", "cross", "ragged"),
+}
+
+State = Literal["proved", "claimed", "refused", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What one run of the kit found: which backend, where, how, when, and the outcome of each feature."""
+
+    backend: str
+    dist: str
+    version: str
+    device: str
+    level: str
+    date: str
+    outcomes: Mapping[str, str]
+    source: str
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any], source: str) -> Evidence:
+        """From the JSON of ``evidence/<device>/<backend>.json``. Raises CheckFailedError for anything else."""
+        if data.get("schema") != EVIDENCE_SCHEMA or data.get("version") != EVIDENCE_VERSION:
+            raise CheckFailedError(
+                f"{source} is {data.get('schema')!r} version {data.get('version')!r}",
+                accepted=f"{EVIDENCE_SCHEMA} version {EVIDENCE_VERSION}",
+                hint=_ANEW,
+            )
+        try:
+            return cls(
+                backend=data["backend"],
+                dist=data["distribution"]["name"],
+                version=data["distribution"]["version"],
+                device=data["device"]["name"],
+                level=LEVELS[LEVELS.index(data["level"])],
+                date=data["date"],
+                outcomes={name: entry["outcome"] for name, entry in data["features"].items()},
+                source=source,
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckFailedError(
+                f"{source} lacks or misstates {error}", hint="write it anew: attn verify NAME --evidence DIR"
+            ) from error
+
+
+def evidence_folders(refs: Iterable[BackendRef] = ()) -> list[str]:
+    """Where evidence lies: what ATTN_EVIDENCE names, or the core's own; and what a plugin ships beside its manifest."""
+    chosen = os.environ.get(EVIDENCE_VARIABLE)
+    core = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    checkout = os.path.join(core, "..", "..", "..", "evidence")
+    own = (
+        [chosen] if chosen is not None else [checkout] if os.path.isdir(checkout) else [os.path.join(core, "evidence")]
+    )
+    shipped = (os.path.join(os.path.dirname(ref.location), "evidence") for ref in refs if ref.location)
+    return [folder for folder in dict.fromkeys(map(os.path.normpath, (*own, *shipped))) if os.path.isdir(folder)]
+
+
+def read_evidence(folders: Iterable[str]) -> tuple[list[Evidence], list[str]]:
+    """Every run in ``<folder>/<device>/<backend>.json``, by backend, the strongest level and the newest first; and what is
+    wrong with the files that are no evidence."""
+    found, problems = [], []
+    for path in (path for folder in folders for path in _files(folder)):
+        try:
+            found.append(Evidence.parse(_load(path), path))
+        except CheckFailedError as error:
+            problems.append(str(error))
+    found.sort(key=lambda run: run.date, reverse=True)
+    return sorted(found, key=lambda run: (run.backend, LEVELS.index(run.level))), problems
+
+
+def _files(folder: str) -> Iterator[str]:
+    for device in sorted(os.listdir(folder)):
+        inner = os.path.join(folder, device)
+        if os.path.isdir(inner):
+            yield from (os.path.join(inner, name) for name in sorted(os.listdir(inner)) if name.endswith(".json"))
+
+
+def _load(path: str) -> Mapping[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as stream:
+            data = json.load(stream)
+    except (OSError, ValueError) as error:
+        raise CheckFailedError(f"{path} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckFailedError(f"{path} is no JSON object")
+    return data
+
+
+def best_level(runs: Iterable[Evidence], backend: str) -> str:
+    """The strongest level at which anything of ``backend`` was proved; ``declared`` if nothing was."""
+    levels = {run.level for run in runs if run.backend == backend and "proved" in run.outcomes.values()}
+    return next((level for level in LEVELS if level in levels), "declared")
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What is known of one feature of one backend: the state, and the run it rests on (None where there was none)."""
+
+    state: State
+    run: Evidence | None = None
+
+    def __str__(self) -> str:
+        if self.run is None:
+            return self.state
+        return f"{self.state}: {self.run.level}, {self.run.device}, {self.run.date}"
+
+    def to_json(self) -> dict[str, str | None]:
+        """The same as JSON data."""
+        names = ("level", "device", "date")
+        return {"state": self.state, **{name: getattr(self.run, name, None) for name in names}}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One backend of the matrix: ``flags`` by headline flag, ``features`` by feature."""
+
+    backend: str
+    dist: str
+    version: str
+    flags: Mapping[str, Cell]
+    features: Mapping[str, Cell]
+
+
+def matrix(refs: Iterable[BackendRef], runs: Iterable[Evidence]) -> list[Row]:
+    """A row for each backend, sorted by its listed name.
+
+    A cell is `proved` (a run of the kit found the claim true), `claimed` (the manifest says so, no run has), `refused`
+    (the manifest does not claim it: a request for it is refused; with a run, the kit saw that it is) or `failed` (the
+    newest run at the strongest level contradicts the claim).
+    """
+    runs = list(runs)
+    return [_row(ref, [run for run in runs if run.backend == ref.name and run.dist == ref.dist]) for ref in refs]
+
+
+def _row(ref: BackendRef, runs: list[Evidence]) -> Row:
+    return Row(
+        backend=ref.listed,
+        dist=ref.dist,
+        version=ref.version,
+        flags={flag: _cell(has, _HEADLINE_FEATURES[flag], runs) for flag, has in headline(ref.manifest).items()},
+        features={name: _cell(name in ref.manifest.features, (name,), runs) for name in FEATURES},
+    )
+
+
+def _cell(claimed: bool, names: tuple[str, ...], runs: list[Evidence]) -> Cell:
+    for run in runs:
+        outcomes = {run.outcomes.get(name) for name in names}
+        if claimed and "over_claimed" in outcomes:
+            return Cell("failed", run)
+        if claimed and "proved" in outcomes:
+            return Cell("proved", run)
+        if not claimed and outcomes <= {"refused", "under_claimed"}:
+            return Cell("refused", run)
+    return Cell("claimed" if claimed else "refused")
+
+
+def to_json(rows: Iterable[Row]) -> dict[str, Any]:
+    """The matrix as JSON data, without the envelope."""
+    return {
+        "backends": [
+            {
+                "name": row.backend,
+                "distribution": row.dist,
+                "version": row.version,
+                "headline": {name: cell.to_json() for name, cell in row.flags.items()},
+                "features": {name: cell.to_json() for name, cell in row.features.items()},
+            }
+            for row in rows
+        ]
+    }
+
+
+def to_markdown(rows: Iterable[Row]) -> str:
+    """Two tables, the headline flags and all features, with the runs that the cells rest on as numbered notes."""
+    rows = list(rows)
+    notes = _Notes()
+    flags = _markdown_table(rows, {key: (text, "flags") for key, text in HEADLINE.items()}, notes)
+    features = _markdown_table(rows, {name: (f"`{name}`", "features") for name in FEATURES}, notes)
+    return "\n\n".join(["### Headline flags", flags, "### Features", features, notes.markdown()])
+
+
+class _Notes:
+    """The runs that cells point to, numbered in the order in which they are first named."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[tuple[str, str, str], int] = {}
+
+    def mark(self, cell: Cell) -> str:
+        if cell.run is None:
+            return cell.state
+        key = (cell.run.level, cell.run.device, cell.run.date)
+        return f"{cell.state}, {cell.run.level} [{self._numbers.setdefault(key, len(self._numbers) + 1)}]"
+
+    def lines(self) -> list[str]:
+        return [f"[{number}] {level}: {device}, {date}" for (level, device, date), number in self._numbers.items()]
+
+    def markdown(self) -> str:
+        legend = (
+            "*proved*: the conformance kit found the claim true, at this level on this device. *claimed*: the manifest"
+            " says so, no run has been made. *refused*: not claimed, so a request is refused before anything runs."
+        )
+        return "  \n".join([legend, *self.lines()])
+
+
+def _markdown_table(rows: list[Row], columns: Mapping[str, tuple[str, str]], notes: _Notes) -> str:
+    """Backends across, what is claimed down: there are few backends and many features."""
+    lines = ["| | " + " | ".join(f"`{row.backend}`" for row in rows) + " |", "|---|" + "---|" * len(rows)]
+    for key, (text, field) in columns.items():
+        lines.append(f"| {text} | " + " | ".join(notes.mark(getattr(row, field)[key]) for row in rows) + " |")
+    return "\n".join(lines)
+
+
+def to_html(rows: Iterable[Row]) -> str:
+    """A page on its own: the same tables; a cell's title has the whole of its proof."""
+    import html
+
+    rows = list(rows)
+    body = []
+    for title, columns in (("Headline flags", dict(HEADLINE)), ("Features", {name: name for name in FEATURES})):
+        field = "flags" if columns.keys() == HEADLINE.keys() else "features"
+        head = "".join(
+            f"<th>{html.escape(row.backend)}<br><small>{html.escape(row.dist)} {html.escape(row.version)}</small></th>"
+            for row in rows
+        )
+        lines = [
+            f"<tr><th>{html.escape(text)}</th>"
+            + "".join(_html_cell(getattr(row, field)[key]) for row in rows)
+            + "</tr>"
+            for key, text in columns.items()
+        ]
+        body.append(f"<h2>{title}</h2>\n<table>\n<tr><th></th>{head}</tr>\n" + "\n".join(lines) + "\n</table>")
+    return _PAGE.format(body="\n".join(body))
+
+
+def _html_cell(cell: Cell) -> str:
+    import html
+
+    where = (
+        f"<br><small>{html.escape(f'{cell.run.level}, {cell.run.device}, {cell.run.date}')}</small>" if cell.run else ""
+    )
+    return f'<td class="{cell.state}">{cell.state}{where}</td>'
+
+
+_PAGE: Final = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>attn: the support matrix</title>
+<style>
+body {{ font: 14px/1.4 system-ui, sans-serif; margin: 2rem; }}
+table {{ border-collapse: collapse; margin-bottom: 2rem; }}
+th, td {{ border: 1px solid #8884; padding: .3rem .6rem; text-align: left; vertical-align: top; }}
+.proved {{ background: #2a72; }} .claimed {{ background: #da02; }}
+.failed {{ background: #d222; }} .refused {{ color: #888; }}
+</style></head><body>
+<h1>The support matrix</h1>
+<p>Rendered from manifests and from the evidence of the conformance kit. <b>proved</b>: found true, at this level on
+this device. <b>claimed</b>: the manifest says so, no run has been made. <b>refused</b>: not claimed, so a request is
+refused.</p>
+{body}
+</body></html>"""
+
+
+def claims(manifest: Manifest) -> list[str]:
+    """The headline flags that ``manifest`` has, as a person reads them."""
+    return [HEADLINE[flag] for flag, has in headline(manifest).items() if has]
