@@ -100,7 +100,9 @@ class Board:
         if row.status != "accepted":
             return replace(row, note=row.note or (f"on the fallback list: {walked}" if walked else ""))
         if self.refs[row.listed].ambiguous and row.listed not in places:
-            full = reason("ambiguous", "name", f"several distributions have {self.refs[row.listed].name}", "", "name one in full")
+            full = reason(
+                "ambiguous", "name", f"several distributions have {self.refs[row.listed].name}", "", "name one in full"
+            )
             return replace(row, status="refused", reasons=(full,))
         if row.listed not in places:
             return replace(row, note=f"not asked for: {chosen.why}")
@@ -158,7 +160,13 @@ def _known(config: AttentionConfig, phase: Phase, system: System, installed: Ins
 def _not_installed(name: str) -> Candidate:
     dist = preferences().distributions.get(name, "")
     hint = f"pip install {dist}" if dist else None
-    return Candidate(name, dist, "", "not_installed", (reason("not_installed", "plugin", f"no installed distribution has {name}", "", hint),))
+    return Candidate(
+        name,
+        dist,
+        "",
+        "not_installed",
+        (reason("not_installed", "plugin", f"no installed distribution has {name}", "", hint),),
+    )
 
 
 def fallback_choices(board: Board, ref: BackendRef, installed: Installed) -> list[Choice]:
