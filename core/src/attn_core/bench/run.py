@@ -37,8 +37,10 @@ class Workload:
     pages: list[list[int]]
 
     @classmethod
-    def make(cls, shape: Shape, plan: Plan, device: torch.device, *, seed: int = 0) -> Workload:
-        """Random tensors for ``shape``, in the cache that ``plan`` decided on."""
+    def make(
+        cls, shape: Shape, plan: Plan, device: torch.device, *, mode: ForwardMode | None = None, seed: int = 0
+    ) -> Workload:
+        """Random tensors for ``shape``, in the cache that ``plan`` decided on; ``mode`` DECODE or EXTEND if not given."""
         config = plan.config
         assert config.page_size is not None
         counts = [-(-length // config.page_size) for length in shape.seq_lens]
@@ -49,14 +51,16 @@ class Workload:
         generator = torch.Generator(device=device).manual_seed(seed)
         _fill(cache, generator)
         batch = ForwardBatch.build(
-            ForwardMode.DECODE if shape.phase == "decode" else ForwardMode.EXTEND,
+            mode or (ForwardMode.DECODE if shape.phase == "decode" else ForwardMode.EXTEND),
             query_lens=shape.query_lens,
             seq_lens=shape.seq_lens,
             pages=pages,
             page_size=config.page_size,
             device=device,
         )
-        layer = AttentionLayer.of_kind(config.layers[0], 0)
+        kind = config.layers[0]
+        sinks = torch.randn(kind.num_q_heads, device=device, generator=generator) if kind.sinks else None
+        layer = AttentionLayer.of_kind(kind, 0, sinks=sinks)
         q = _normal((batch.num_tokens, shape.num_q_heads, shape.qk_head_dim), config.dtype, generator)
         k = _rows(cache.k_nhd(0), batch.slot_mapping, q.dtype)
         v = None if shape.kind == "mla" else _rows(cache.v_nhd(0), batch.slot_mapping, q.dtype)
