@@ -134,12 +134,37 @@ class AttentionConfig:
             check_page_size(self.page_size)
         if self.kv_layout is not None:
             _one_of("kv_layout", self.kv_layout, KV_LAYOUTS)
+        self._check_layers()
+        if self.max_context_len is not None and self.max_context_len < 1:
+            raise ConfigError(f"max_context_len is {self.max_context_len}", accepted="None, or tokens from 1")
         if self.speculative_num_draft_tokens < 0:
             raise ConfigError(
                 f"speculative_num_draft_tokens is {self.speculative_num_draft_tokens}", accepted="0 (off) or more"
             )
         if self.speculative_eagle_topk < 1:
             raise ConfigError(f"speculative_eagle_topk is {self.speculative_eagle_topk}", accepted="1 (chain) or more")
+
+    def _check_layers(self) -> None:
+        seen: dict[int, LayerKind] = {}
+        for kind in self.layers:
+            if kind.kind == "mla" and kind.scale is None:
+                raise ConfigError(
+                    "an MLA layer without a scale",
+                    accepted="the scale of the unabsorbed width, such as (qk_nope + qk_rope) ** -0.5",
+                )
+            if not (kind.causal or kind.cross or kind.ragged):
+                raise ConfigError(
+                    "a cached layer that is not causal", accepted="causal=True, cross=True or ragged=True",
+                    hint="for tokens that see each other both ways set bidirectional_spans",
+                )  # fmt: skip
+            for layer_id in kind.layer_ids:
+                if layer_id in seen:
+                    raise ConfigError(f"layer {layer_id} is of two layer kinds", given=layer_id, accepted="one each")
+                seen[layer_id] = kind
+
+    def without_towers(self) -> AttentionConfig:
+        """The same without ragged layers, for engines that run encoders themselves. Raises ConfigError if none is left."""
+        return replace(self, layers=self.cached_kinds)
 
     def replace(self, **changes: Any) -> AttentionConfig:
         """A copy with these fields changed, checked like a new one."""

@@ -79,9 +79,10 @@ def _candidate(candidate: Candidate, plan: Plan) -> Iterator[str]:
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
-    """JSON data of the schema ``attn.plan/1``."""
+    """JSON data of the schema ``attn/plan``, version 1."""
     return {
-        "schema": "attn.plan/1",
+        "schema": "attn/plan",
+        "version": 1,
         "model": plan.config.model or None,
         "system": {"device": plan.system.device, "arch": plan.system.arch, "forced": plan.system.forced},
         "page_size": plan.config.page_size,

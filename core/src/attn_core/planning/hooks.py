@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from attn_core.planning.config import AttentionConfig, Phase
@@ -138,7 +139,7 @@ def load_hooks(path: Sequence[str] | None = None, environ: Mapping[str, str] | N
     for distribution in scan(path).values():
         for name, value in distribution.entry_points(HOOKS_GROUP):
             if filter_.leaves_out(distribution.name) is None:
-                _load(hooks, f"{name} of {distribution.name}", lambda value=value: _resolve(value))  # type: ignore[misc]
+                _load(hooks, f"{name} of {distribution.name}", partial(_resolve, value))
     for name, plugin in _registered.items():
         hooks.add(plugin, name)
     return hooks

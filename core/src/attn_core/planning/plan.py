@@ -22,6 +22,7 @@ from attn_core.planning.config import PHASES, AttentionConfig, Phase
 from attn_core.planning.discovery import BackendRef, Installed, discover
 from attn_core.planning.hooks import FallbackEvent, Hooks, load_hooks
 from attn_core.planning.joint import Choice, choose
+from attn_core.planning.measured import load_timings, rankings_from, tuned_path
 from attn_core.planning.ranking import Rankings, preferences, rank
 from attn_core.planning.reasons import Decision, Reason, evaluate
 from attn_core.planning.system import System, detect
@@ -83,7 +84,7 @@ class Plan:
         return explain(self)
 
     def to_json(self) -> dict[str, Any]:
-        """The plan and its whole trace as JSON data, of the schema ``attn.plan/1``."""
+        """The plan and its whole trace as JSON data, of the schema ``attn/plan``, version 1."""
         from attn_core.planning.explain import plan_json
 
         return plan_json(self)
@@ -97,6 +98,7 @@ def plan(
     installed: Installed | None = None,
     fallback: FallbackPolicy = "warn",
     rankings: Rankings | None = None,
+    phases: Sequence[Phase] | None = None,
     build_refusals: Mapping[tuple[str, Phase], Sequence[Reason]] = MappingProxyType({}),
 ) -> Plan:
     """Chooses a backend for each phase of ``config``, with one page size and one KV layout for all.
@@ -104,7 +106,8 @@ def plan(
     ``backend`` is ``"auto"``, a name, ``"prefill=fa3,decode=flashinfer"`` or the same as a mapping; a phase that is not
     named is ``auto``. A named backend is used or refused, but what it lacks by design goes to its manifest's
     ``[fallback]`` list, with ``fallback`` a warning, allowed, or an error.
-    ``system`` and ``installed`` default to this machine. ``rankings`` gives measured times.
+    ``system`` and ``installed`` default to this machine, ``rankings`` to what ``attn tune`` measured on it, ``phases``
+    to those that the config needs.
     ``build_refusals`` is what built backends refused, by (listed name, phase): planning again leaves them out.
 
     Raises UsageError for a malformed ``backend``, UnknownBackendError, AmbiguousBackendError or PluginError for a name
@@ -113,10 +116,11 @@ def plan(
     """
     if fallback not in get_args(FallbackPolicy):
         raise ConfigError(f"fallback policy {fallback!r}", given=fallback, accepted=get_args(FallbackPolicy))
-    phases = tuple(phase for phase in config.phases if config.kinds(phase))
+    phases = tuple(phase for phase in (config.phases if phases is None else phases) if config.kinds(phase))
     asked = parse_backend(backend)
     system = detect() if system is None else system
     installed = discover() if installed is None else installed
+    rankings = _measured(system, installed) if rankings is None else rankings
     hooks = load_hooks()
     boards = {phase: survey(config, phase, system, installed, build_refusals) for phase in phases}
     named = _named(asked, boards, installed)
@@ -221,7 +225,12 @@ def _fallen_back(board: Board, ref: BackendRef, installed: Installed, policy: Fa
     return choices
 
 
-def _ranked(board: Board, hooks: Hooks, rankings: Rankings | None) -> list[Choice]:
+def _measured(system: System, installed: Installed) -> Rankings:
+    versions = {ref.listed: ref.version for ref in installed.backends}
+    return rankings_from(load_timings(tuned_path(system)), versions)
+
+
+def _ranked(board: Board, hooks: Hooks, rankings: Rankings) -> list[Choice]:
     usable = board.usable()
     if not usable:
         raise NoBackendError(

@@ -83,14 +83,14 @@ def rank(
     system: System,
     candidates: Sequence[tuple[str, str]],
     hooks: Hooks,
-    rankings: Rankings | None,
+    rankings: Rankings,
 ) -> list[tuple[str, str]]:
     """(listed name, why it has this place), best first, for ``candidates`` of (listed name, name), all of which can.
 
     What was measured goes by its time and comes first, then what a hook names, then the table's order, then what the
     table does not know (by name), and last what the table says is last.
     """
-    measured = dict(rankings(config, phase, system)) if rankings is not None else {}
+    measured = rankings(config, phase, system)
     opinion = hooks.rank(config, phase, system, tuple(listed for listed, _ in candidates))
     hook, hooked = opinion if opinion is not None else ("", ())
     entry = preferences().find(config, phase, system)

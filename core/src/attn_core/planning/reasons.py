@@ -189,7 +189,7 @@ def evaluate(manifest: Manifest, config: AttentionConfig, phase: Phase, system: 
 
 
 def availability(manifest: Manifest, system: System) -> tuple[Reason, ...]:
-    """What stands against any use of a backend on ``system``, whatever is asked of it; root cause first, empty if nothing.
+    """What stands against any use of a backend on ``system``, whatever is asked of it; root cause first.
 
     What a system that is not here (``forced``) has installed cannot be judged, and is left out.
     """
@@ -323,7 +323,7 @@ def _page_hint(pages: PageSet, size: int) -> str:
 
 
 def _nearest(failures: list[list[_Failure]]) -> list[_Failure]:
-    """The failures of the clause that gets furthest (then fails least); the first names what like clauses accept too."""
+    """The failures of the clause that gets furthest (then fails least); its first says what like clauses accept too."""
     nearest = min(failures, key=lambda failed: (-failed[0][0], len(failed)))
     step, root = nearest[0]
     if root.code == "feature_unsupported":
