@@ -1,0 +1,39 @@
+"""Keys and values into the cache, by the vendor's operator that is here."""
+
+from __future__ import annotations
+
+import torch
+from attn_core.runtime.kv_cache import KVCache
+from attn_core.runtime.layer import AttentionLayer
+from torch import Tensor
+
+from attn_ascend.operators import Operators
+
+
+def write(
+    operators: Operators, cache: KVCache, layer: AttentionLayer, k: Tensor, v: Tensor | None, slots: Tensor
+) -> None:
+    """k [T, Hkv, Dk], v [T, Hkv, Dv] (None for MLA) to int32 ``slots`` [T] of a layer's pages; -1 is not written.
+
+    ATB's operators skip negative slots. aclnn's takes none, so a row of -1 rewrites slot 0, which lies in the null
+    page, with what is there. Without either, the core's own write in plain torch does the same.
+    """
+    if k.shape[0] == 0:
+        return
+    key_cache, value_cache = cache.k(layer.layer_id), cache.v(layer.layer_id)
+    k = k.to(cache.dtype).contiguous()
+    if value_cache is None or v is None:
+        if operators.write_latent:
+            operators.write_latent_cache(k, key_cache.unsqueeze(2), slots)
+        else:
+            cache.write(layer, slots, k, None)
+        return
+    v = v.to(cache.dtype).contiguous()
+    if operators.write:
+        operators.write_cache(k, v, key_cache, value_cache, slots)
+    elif operators.scatter:
+        skip = (slots < 0)[:, None, None]
+        k, v = torch.where(skip, key_cache[0, 0], k), torch.where(skip, value_cache[0, 0], v)
+        operators.scatter_cache(k, v, key_cache, value_cache, slots.clamp(min=0))
+    else:
+        cache.write(layer, slots, k, v)
