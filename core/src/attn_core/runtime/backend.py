@@ -23,8 +23,8 @@ class AttentionBackend(ABC):
 
     One instance serves one cache and one config. Per step the engine calls ``init_forward_metadata`` once, then one
     forward for each layer. Everything that belongs to a step lives in ``batch.plan_state``, so several batches may be
-    in flight. Keys and values are always read from the cache: a forward first writes k, v to ``batch.slot_mapping``; with
-    ``save_kv_cache=False`` they are there already (``write_kv``), and k and v may be None.
+    in flight. Keys and values are always read from the cache: a forward first writes k, v to ``batch.slot_mapping``;
+    with ``save_kv_cache=False`` they are there already (``write_kv``), and k and v may be None.
 
     Shapes: q [T, Hq, Dqk], k [T, Hkv, Dqk], v [T, Hkv, Dv] -> out [T, Hq, Dv] (, lse [T, Hq] fp32). MLA: k [T, 1, Dqk],
     v None. A cross layer's k and v are the encoder's [T_enc, Hkv, D], written to ``batch.encoder_slot_mapping``, or

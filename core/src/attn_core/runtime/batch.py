@@ -140,7 +140,7 @@ class ForwardBatch:
         """From host lists: ``query_lens[b]`` new tokens at the end of ``seq_lens[b]``, in the pages ``pages[b]``.
 
         ``write[b]`` False gives the request slots of -1. ``write_encoder`` fills ``encoder_slot_mapping`` for all
-        encoder tokens. The host copies of the lengths are kept. Raises BatchError if the pages do not hold the sequence.
+        encoder tokens. The host copies of the lengths are kept. Raises BatchError if the pages do not hold them.
         """
         _check_lists(mode, query_lens, seq_lens, pages, page_size)
         starts = [0]

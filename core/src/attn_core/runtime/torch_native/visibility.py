@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
-def causal(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
-    """[..., L, S] bool from positions [..., L] and [..., S]: keys not after the query, the last ``window`` of them."""
-    q, k = query_positions.unsqueeze(-1), key_positions.unsqueeze(-2)
-    seen = k <= q
-    return seen if window is None else seen & within(q, k, window)
+def seen_by(
+    query_positions: Tensor,
+    key_positions: Tensor,
+    *,
+    window: int | None = None,
+    spans: Tensor | None = None,
+    drafts: Tensor | None = None,
+    first_draft: Tensor | int = 0,
+    causal: bool = True,
+) -> Tensor:
+    """[..., L, S] bool from positions [..., L] and [..., S], with leading dimensions that broadcast.
 
-
-def within(q: Tensor, k: Tensor, window: int) -> Tensor:
-    """Whether the key at position ``k`` is among the last ``window`` that the query at ``q`` may see."""
-    return k > q - window
+    Causal: keys not after the query. ``drafts`` [..., L, S] replaces that for keys from position ``first_draft`` on:
+    which draft token sees which. ``spans`` [..., n, 2]: tokens of one half-open span see each other both ways. A window
+    bounds how far back, in positions, whatever else holds.
+    """
+    query, key = query_positions.unsqueeze(-1), key_positions.unsqueeze(-2)
+    seen = (key <= query) if causal else (key == key)
+    if drafts is not None:
+        seen = ((key < first_draft) & seen) | drafts
+    if spans is not None:
+        seen = seen | same_span(query_positions, key_positions, spans)
+    return seen if window is None else seen & (key > query - window)
 
 
 def same_span(query_positions: Tensor, key_positions: Tensor, spans: Tensor) -> Tensor:
-    """[L, S] bool: both positions lie in one of the half-open ``spans`` [n, 2]; (0, 0) holds nothing."""
-    q = (query_positions[:, None] >= spans[:, 0]) & (query_positions[:, None] < spans[:, 1])
-    k = (key_positions[:, None] >= spans[:, 0]) & (key_positions[:, None] < spans[:, 1])
-    return (q.float() @ k.float().T) > 0
+    """[..., L, S] bool: query and key lie in one of the half-open ``spans`` [..., n, 2]; (0, 0) holds nothing."""
+    in_query, in_key = _inside(query_positions, spans), _inside(key_positions, spans)
+    return (in_query.unsqueeze(-2) & in_key.unsqueeze(-3)).any(-1)
 
 
-def drafts(visible: Tensor, query_positions: Tensor, window: int | None) -> Tensor:
-    """[..., q, q] bool: which draft token sees which, with the window counted in positions, not in places."""
-    if window is None:
-        return visible
-    return visible & within(query_positions.unsqueeze(-1), query_positions.unsqueeze(-2), window)
-
-
-def positions(start: int, stop: int, device: torch.device) -> Tensor:
-    """The positions ``start`` to ``stop - 1``, int64."""
-    return torch.arange(start, stop, device=device)
+def _inside(positions: Tensor, spans: Tensor) -> Tensor:
+    """[..., L, n] bool: which of the ``spans`` [..., n, 2] hold each of the positions [..., L]."""
+    start, stop = spans[..., None, :, 0], spans[..., None, :, 1]
+    return (positions.unsqueeze(-1) >= start) & (positions.unsqueeze(-1) < stop)
