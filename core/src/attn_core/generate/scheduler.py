@@ -1,0 +1,232 @@
+"""The continuous batch: which requests run in the next step, and how many tokens of each."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from attn_core.errors import CacheFullError, ConfigError, RequestTooLongError
+from attn_core.generate.page_pool import FilledPage, PagePool
+from attn_core.generate.sampling import SamplingParams
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One prompt on its way: its tokens, the pages they are in, and how far it is."""
+
+    request_id: int
+    #: the prompt, then what was generated
+    tokens: list[int]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    num_prompt_tokens: int = field(init=False)
+    pages: list[int] = field(default_factory=list)
+    filled: list[FilledPage] = field(default_factory=list)
+    #: tokens whose keys and values are in the cache
+    num_computed: int = 0
+    #: prompt tokens that were found in the cache when the request was first admitted
+    num_reused: int = 0
+    num_preemptions: int = 0
+    #: "stop" (a stop token), "length" (max_new_tokens); None while it runs
+    finish_reason: str | None = None
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.tokens)
+
+    @property
+    def generated(self) -> list[int]:
+        return self.tokens[self.num_prompt_tokens :]
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.tokens) - self.num_computed
+
+
+@dataclass(slots=True)
+class Step:
+    """What runs at once: ``query_lens[i]`` new tokens of ``requests[i]``; the first ``num_decodes`` have one each."""
+
+    requests: list[Request] = field(default_factory=list)
+    query_lens: list[int] = field(default_factory=list)
+    num_decodes: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.query_lens)
+
+    @property
+    def completes(self) -> list[bool]:
+        """For each request, whether the step computes its last token, so that the next one can be sampled."""
+        return [r.num_uncomputed == n for r, n in zip(self.requests, self.query_lens, strict=True)]
+
+
+class Scheduler:
+    """First come, first served: decodes before prompts, long prompts in chunks, within a budget of tokens a step.
+
+    A prompt is admitted when the pages of all of it are free; so only decodes can run out of pages, and then the
+    request that was admitted last gives its own back and is computed again later (preemption). Every request fits into
+    the cache alone, which is checked when it comes, so the oldest always gets on.
+    """
+
+    def __init__(
+        self, pool: PagePool, *, max_requests: int, max_batch_tokens: int, max_context_len: int | None = None
+    ) -> None:
+        if max_requests < 1:
+            raise ConfigError(f"max_requests is {max_requests}", accepted="an integer from 1")
+        if max_batch_tokens < max_requests:
+            raise ConfigError(
+                f"max_batch_tokens is {max_batch_tokens} with max_requests {max_requests}",
+                accepted="at least one token for each request",
+                hint="raise max_batch_tokens, or lower max_requests",
+            )
+        self.pool = pool
+        self.max_requests = max_requests
+        self.max_batch_tokens = max_batch_tokens
+        self.max_context_len = max_context_len
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def check(self, request: Request) -> None:
+        """Raise RequestTooLongError or CacheFullError if the request could not be finished even if it were alone."""
+        if not request.tokens:
+            raise ConfigError(
+                f"prompt {request.request_id + 1} has no token", accepted="a prompt of at least one token"
+            )
+        whole = len(request.tokens) + request.sampling.max_new_tokens
+        asked = (
+            f"prompt {request.request_id + 1}: {len(request.tokens)} tokens and {request.sampling.max_new_tokens} new"
+        )
+        if self.max_context_len is not None and whole > self.max_context_len:
+            room = self.max_context_len - len(request.tokens)
+            raise RequestTooLongError(
+                f"{asked} are more than the model's context of {self.max_context_len}",
+                given=whole,
+                accepted=f"up to {self.max_context_len} tokens",
+                hint=f"--max-new-tokens {room}" if room > 0 else "a shorter prompt",
+            )
+        # The last new token is never attended to, so it needs no place.
+        if (needed := self.pool.pages_for(whole - 1)) > self.pool.num_pages:
+            raise CacheFullError(
+                f"{asked} need {needed} pages of {self.pool.page_size}; the cache has {self.pool.num_pages}",
+                given=needed,
+                accepted=f"up to {self.pool.num_pages * self.pool.page_size + 1} tokens",
+                hint="a larger cache (--cache-mib), a shorter prompt, or fewer new tokens",
+            )
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises as ``check`` does."""
+        self.check(request)
+        self.waiting.append(request)
+
+    def schedule(self) -> Step:
+        """The next step, its pages reserved. Empty only when there is no work."""
+        step = Step()
+        preempted = self._schedule_decodes(step)
+        self._schedule_chunks(step)
+        if not preempted:
+            self._admit(step)
+        assert step.requests or not self.has_work, "work, but nothing can run"
+        return step
+
+    def finish_step(self, step: Step, sampled: dict[int, int]) -> list[Request]:
+        """Account for a step that ran; ``sampled`` has a token by request id for each that it completed.
+
+        Gives the requests that are finished now; their pages are given back.
+        """
+        finished = []
+        for request, n in zip(step.requests, step.query_lens, strict=True):
+            request.num_computed += n
+            self.pool.publish(request.tokens, request.pages, request.filled, request.num_computed)
+            if request.request_id in sampled and self._append(request, sampled[request.request_id]):
+                finished.append(request)
+        return finished
+
+    def abort(self) -> None:
+        """Give back every page and forget every request: they keep what they generated."""
+        for request in self.running:
+            self._give_back(request)
+        self.running.clear()
+        self.waiting.clear()
+
+    def _schedule_decodes(self, step: Step) -> bool:
+        """Every request whose last token alone is uncomputed, oldest first. Tells whether one was preempted."""
+        before = len(self.running)
+        for request in list(self.running):
+            if request.num_uncomputed == 1 and request in self.running and self._make_room(request):
+                step.requests.append(request)
+                step.query_lens.append(1)
+        step.num_decodes = len(step.requests)
+        return len(self.running) < before
+
+    def _make_room(self, request: Request) -> bool:
+        """A page for the next token, from whoever was admitted last if none is left; False if that is itself."""
+        if self.pool.pages_for(len(request.tokens)) <= len(request.pages):
+            return True
+        while not self.pool.num_available:
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is request:
+                return False
+        request.pages += self.pool.take(1)
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        self.running.remove(request)
+        self._give_back(request)
+        request.num_preemptions += 1
+        self.waiting.appendleft(request)
+
+    def _schedule_chunks(self, step: Step) -> None:
+        for request in self.running:
+            if request.num_uncomputed > 1:
+                self._add_chunk(step, request)
+
+    def _admit(self, step: Step) -> None:
+        while self.waiting and len(self.running) < self.max_requests and step.num_tokens < self.max_batch_tokens:
+            request = self.waiting[0]
+            # The last token is always computed: its logits are what comes next.
+            request.filled = self.pool.match(request.tokens[:-1])
+            request.pages = [filled.page for filled in request.filled]
+            needed = self.pool.pages_for(len(request.tokens)) - len(request.pages)
+            # A page to spare for each that runs, or the newcomer would be the next to be preempted.
+            if needed + len(self.running) > self.pool.num_available:
+                self._give_back(request)
+                return
+            request.pages += self.pool.take(needed)
+            request.num_computed = len(request.filled) * self.pool.page_size
+            if not request.num_preemptions:
+                request.num_reused = request.num_computed
+            self.waiting.popleft()
+            self.running.append(request)
+            self._add_chunk(step, request)
+
+    def _add_chunk(self, step: Step, request: Request) -> None:
+        n = min(request.num_uncomputed, self.max_batch_tokens - step.num_tokens)
+        if not n:
+            return
+        step.requests.append(request)
+        step.query_lens.append(n)
+        if n > 1:
+            # Prompts of one step may share already: a backend writes all keys before it attends. Chunks of one token
+            # are left out, since they may run among the decodes, apart from the prompts.
+            self.pool.publish(request.tokens, request.pages, request.filled, request.num_computed + n)
+
+    def _append(self, request: Request, token: int) -> bool:
+        """Add a sampled token; True if the request is finished by it."""
+        if token in request.sampling.stop_ids:
+            request.finish_reason = "stop"
+        else:
+            request.tokens.append(token)
+            if len(request.generated) == request.sampling.max_new_tokens:
+                request.finish_reason = "length"
+        if request.finish_reason is not None:
+            self.running.remove(request)
+            self._give_back(request)
+        return request.finish_reason is not None
+
+    def _give_back(self, request: Request) -> None:
+        self.pool.release(request.pages)
+        request.pages, request.filled, request.num_computed = [], [], 0
