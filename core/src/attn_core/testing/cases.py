@@ -41,6 +41,7 @@ OPTIONS: Final[dict[str, str]] = {
     "decoy": "the same, and the forward is given other keys and values, which it must not use",
     "holes": "every third token has slot -1: its key is in the cache already, and is another than the one given",
     "nohost": "the batch has no host copies of its lengths",
+    "loose": "the bounds of the batch are larger than its true lengths, and its page table is wider",
     "steps": "two more steps follow on the same backend, with other lengths and pages",
     "flight": "a second batch is prepared before the first has run, and their layers alternate",
     "twice": "the step runs three times: the same bits (feature deterministic)",

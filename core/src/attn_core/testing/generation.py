@@ -31,6 +31,8 @@ GRAPH_DEVICES: Final = ("cuda", "rocm", "npu")
 
 #: A pattern of several requests for each mode.
 _SEVERAL: Final = {"extend": "two", "decode": "two", "verify": "two", "mixed": "seven", "draft_extend": "batch"}
+#: 33 requests in larger pages than this take more memory than they prove.
+_LARGEST_PAGE_OF_MANY: Final = 64
 _ALL_MODES: Final[tuple[Mode, ...]] = ("extend", "decode", "verify", "mixed", "draft_extend", "ragged")
 
 
@@ -168,6 +170,7 @@ def _dimensions(ground: Ground) -> dict[str, list[Any]]:
             "memory": list(MEMORIES),
             "wrapped": [None, "stacked", "joined"] if clause.kind == "mha" else [None, "joined"],
             "write": [None, "nosave", "decoy", "holes"],
+            "loose": [None, True],
         }
         if not ground.manifest.needs_host_lengths:
             table["nohost"] = [None, True]
@@ -205,6 +208,8 @@ def _allowed(row: Row, ground: Ground) -> bool:
         return False
     if "cross" in on and row.get("write") == "holes":
         return False
+    if row.get("pattern") == "batch_33" and row.get("page_size", 0) > _LARGEST_PAGE_OF_MANY:
+        return False
     stacked_mla = ground.clause.kind == "mla" and row.get("wrapped") == "stacked"
     splits = row.get("page_size") is not None and not ground.clause.pages.allows(row["page_size"])
     return not stacked_mla and not (splits and "wrapped" in on)
@@ -220,6 +225,7 @@ _OPTION_OF: Final = {
     "fused": "fused",
     "out": "out",
     "nohost": "nohost",
+    "loose": "loose",
 }
 
 
