@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attn_core.planning.discovery import discover
 
 MANIFEST = """
 schema = 1
@@ -39,6 +40,9 @@ class Backend(AttentionBackend):
     def forward_extend(self, q, k, v, layer, batch, **options): return q
     def forward_decode(self, q, k, v, layer, batch, **options): return q
 """
+
+
+INSTALLED = discover()
 
 
 @dataclass
@@ -101,7 +105,7 @@ class Site:
         """Run the interpreter with the site on its path."""
         done = subprocess.run(
             [sys.executable, *args],
-            env={**self._environment(), **self.env, **env},
+            env=self._environment({**self.env, **env}),
             cwd=self.folder,
             capture_output=True,
             text=True,
@@ -109,9 +113,19 @@ class Site:
         )
         return Result(done.returncode, done.stdout, done.stderr)
 
-    def _environment(self) -> dict[str, str]:
-        ours = {key: value for key, value in os.environ.items() if not key.startswith(("ATTN_", "COVERAGE_"))}
-        return {**ours, "PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1", "ATTN_NUM_THREADS": "1"}
+    def _environment(self, extra: dict[str, str]) -> dict[str, str]:
+        ours = {key: value for key, value in os.environ.items() if not key.startswith("ATTN_")}
+        # The plugins of this workspace may be installed too; a test is about its own.
+        others = {ref.dist for ref in (*INSTALLED.backends, *INSTALLED.problems)} - {"attn-core"}
+        left_out = {"ATTN_DISABLE": ",".join((*others, extra.pop("ATTN_DISABLE", "")))}
+        return {
+            **ours,
+            "PYTHONPATH": str(self.folder),
+            "OMP_NUM_THREADS": "1",
+            "ATTN_NUM_THREADS": "1",
+            **left_out,
+            **extra,
+        }
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ COMMANDS: Final = {
     "verify": "Prove what a backend claims: the conformance kit.",
     "matrix": "The support matrix, from manifests and evidence.",
     "bench": "Time a backend's phases on this device.",
+    "tune": "Measure which backend is fastest for a model here, for auto to choose by.",
     "warmup": "Compile or load ahead what a backend needs for a model.",
     "new": "A new plugin package that works, from a template.",
     "completion": "The completion script of a shell.",

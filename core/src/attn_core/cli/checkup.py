@@ -14,6 +14,7 @@ from attn_core.cli.isolated import Outcome, run_isolated
 from attn_core.cli.listing import core_version
 from attn_core.planning.discovery import BackendRef, Installed
 from attn_core.planning.distributions import Distribution, scan
+from attn_core.planning.filters import CORE_DISTRIBUTION
 from attn_core.planning.hooks import DoctorCheck
 from attn_core.planning.manifest import PROTOCOL_VERSION
 from attn_core.planning.reasons import availability
@@ -169,8 +170,8 @@ def version_checks(installed: Installed) -> Iterator[DoctorCheck]:
     """Requirements of the core and of plugin distributions that what is installed does not meet."""
     distributions = scan()
     versions = {name: each.version for name, each in distributions.items()}
-    claims = (*installed.backends, *installed.problems)
-    for name in sorted({"attn-core", *(claim.dist for claim in claims)} & distributions.keys()):
+    owners = {ref.dist for ref in installed.backends} | {problem.dist for problem in installed.problems}
+    for name in sorted({CORE_DISTRIBUTION, *owners} & distributions.keys()):
         for requirement in _requirements(distributions[name]):
             if not requirement.satisfied(versions):
                 found = ", ".join(f"{n} {v}" for n, v in requirement.found(versions).items())

@@ -121,8 +121,8 @@ def _zsh() -> str:
     return f"""#compdef attn
 _attn() {{
     if (( CURRENT == 2 )); then
-        local -a commands=({commands})
-        _describe command commands
+        local -a names=({commands})
+        _describe command names
         return
     fi
     local name=$words[2]
@@ -132,14 +132,15 @@ _attn() {{
 {cases}
     esac
 }}
-compdef _attn attn"""
+# Autoloaded from fpath, this file is the function's body at its first call; sourced, it only registers it.
+if [[ "$funcstack[1]" == _attn ]]; then _attn "$@"; else compdef _attn attn; fi"""
 
 
 def _zsh_arguments(name: str) -> str:
     specs = []
     for word in words(name):
         values = f'"({word.values})"' if word.values else "_files" if word.files else '" "'
-        action = "" if word.values is None else f":value:{values}" if word.flags else f":{values}"
+        action = "" if word.values is None else f":value:{values}"
         if not word.flags:
             specs.append(f"'*'{action}" if word.values or word.files else "'*: : '")
         for flag in word.flags:

@@ -48,27 +48,13 @@ def command(
     MODEL is a preset, a config.json, or the folder of a model.
     """
     from attn_core.planning.plan import plan
+    from attn_core.planning.presets import config_for
     from attn_core.planning.system import detect
 
-    config = config_of(model, {name: value for name, value in serving.items() if value is not None})
+    config = config_for(model, **{name: value for name, value in serving.items() if value is not None})
     backends = chosen_backends(attention_backend, prefill_attention_backend, decode_attention_backend)
     made = plan(config, backends, system=detect(system), fallback=fallback)
     if as_json:
         print_json("plan", made.to_json())
     else:
         print(made.explain())
-
-
-def config_of(model: str, serving: dict[str, Any]) -> Any:
-    """The AttentionConfig of a preset, a config.json or a model folder, served as ``serving`` says.
-
-    Raises UnknownModelError, ModelFolderError or ConfigError.
-    """
-    from pathlib import Path
-
-    from attn_core.planning.config import AttentionConfig
-    from attn_core.planning.presets import preset_names
-
-    if model not in preset_names() and Path(model).exists():
-        return AttentionConfig.from_hf(Path(model), **serving)
-    return AttentionConfig.preset(model, **serving)

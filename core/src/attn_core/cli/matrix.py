@@ -11,6 +11,7 @@ import click
 from attn_core.cli.output import note, print_json
 from attn_core.errors import CheckFailedError, UsageError
 from attn_core.planning.discovery import discover
+from attn_core.planning.filters import CORE_DISTRIBUTION
 from attn_core.testing.matrix import Row, evidence_folders, matrix, read_evidence, to_html, to_json, to_markdown
 
 #: Between these two lines a document carries the matrix; what is there is ours.
@@ -38,23 +39,32 @@ DOCUMENTS: Final = ("README.md", "docs/matrix.md")
 @click.option("--check", is_flag=True, help="Exit with 1 if those documents carry another matrix.")
 def command(form: str, evidence: Path | None, write: bool, check: bool) -> None:
     """The support matrix: what manifests claim, and at which level the conformance kit proved it."""
-    rows = current(evidence)
     if write or check:
-        _documents(to_markdown(rows), write)
-    elif form == "json":
+        _documents(to_markdown(current(evidence, workspace_distributions())), write)
+        return
+    rows = current(evidence)
+    if form == "json":
         print_json("matrix", to_json(rows))
     else:
         render: Callable[[Iterable[Row]], str] = to_html if form == "html" else to_markdown
         print(render(rows))
 
 
-def current(evidence: Path | None = None) -> list[Row]:
-    """The matrix of what is installed. Raises CheckFailedError for a file that should be evidence and is not."""
-    refs = discover().backends
+def current(evidence: Path | None = None, distributions: set[str] | None = None) -> list[Row]:
+    """The matrix of what is installed, or of ``distributions`` alone.
+
+    Raises CheckFailedError for a file that should be evidence and is not.
+    """
+    refs = [ref for ref in discover().backends if distributions is None or ref.dist in distributions]
     runs, problems = read_evidence([str(evidence)] if evidence else evidence_folders(refs))
     if problems:
         raise CheckFailedError("there are files among the evidence that are none", trace=problems)
     return matrix(refs, runs)
+
+
+def workspace_distributions() -> set[str]:
+    """The distributions of the workspace we run in: its documents are about these, whatever else is installed."""
+    return {CORE_DISTRIBUTION, *(path.parent.name for path in Path("plugins").glob("*/pyproject.toml"))}
 
 
 def _documents(text: str, write: bool) -> None:

@@ -1,0 +1,168 @@
+"""The support matrix: each cell says claimed, proved (where, how, when), refused or failed, and documents carry it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attn_core.cli.matrix import BEGIN, END
+from attn_core.errors import CheckFailedError
+from attn_core.planning.discovery import BackendRef
+from attn_core.planning.manifest import Manifest
+from attn_core.testing.matrix import Evidence, best_level, matrix, read_evidence, to_html, to_json, to_markdown
+
+from .conftest import MANIFEST, Site
+
+REF = BackendRef(
+    "mine", "attn-mine", "1.0", "attn_mine.b:B", Manifest.parse(MANIFEST.replace("{name}", "mine")), "mine"
+)
+
+
+def run(level: str = "silicon", date: str = "2026-11-22", device: str = "H100", **outcomes: str) -> Evidence:
+    return Evidence("mine", "attn-mine", "1.0", device, level, date, outcomes, "x.json")
+
+
+def document(**changes: Any) -> dict[str, Any]:
+    return {
+        "schema": "attn/evidence",
+        "version": 1,
+        "backend": "good",
+        "distribution": {"name": "attn-good", "version": "1.2.3"},
+        "device": {"name": "a chip", "system": "cpu"},
+        "level": "silicon",
+        "date": "2026-11-22",
+        "features": {"sliding_window": {"outcome": "proved"}, "softcap": {"outcome": "refused"}},
+        **changes,
+    }
+
+
+@pytest.mark.parametrize(
+    ("runs", "feature", "state", "level"),
+    [
+        ([], "sliding_window", "claimed", None),
+        ([], "softcap", "refused", None),
+        ([run(sliding_window="proved")], "sliding_window", "proved", "silicon"),
+        ([run(sliding_window="not_run")], "sliding_window", "claimed", None),
+        ([run(softcap="refused")], "softcap", "refused", "silicon"),
+        ([run(softcap="under_claimed")], "softcap", "refused", "silicon"),
+        ([run(sliding_window="over_claimed")], "sliding_window", "failed", "silicon"),
+        ([run("schema", sliding_window="proved"), run(sliding_window="proved")], "sliding_window", "proved", "silicon"),
+        (
+            [run(sliding_window="not_run"), run("compiled", sliding_window="proved")],
+            "sliding_window",
+            "proved",
+            "compiled",
+        ),
+    ],
+)
+def test_a_cell(runs: list[Evidence], feature: str, state: str, level: str | None) -> None:
+    order = ["silicon", "isa-emulated", "contract-emulated", "compiled", "schema", "declared"]
+    (row,) = matrix([REF], sorted(runs, key=lambda each: order.index(each.level)))
+    cell = row.features[feature]
+    assert (cell.state, cell.run and cell.run.level) == (state, level)
+
+
+def test_the_evidence_of_another_distribution_proves_nothing() -> None:
+    other = Evidence(
+        "mine", "attn-other", "1.0", "H100", "silicon", "2026-11-22", {"sliding_window": "proved"}, "x.json"
+    )
+    (row,) = matrix([REF], [other])
+    assert row.features["sliding_window"].state == "claimed"
+
+
+def test_headline_flags_have_proof_of_their_own() -> None:
+    (row,) = matrix([REF], [run(sliding_window="proved", page_size_gt_1="proved")])
+    assert {flag: cell.state for flag, cell in row.flags.items()} == {
+        "page_size_gt_1": "proved",
+        "spec_decoding": "refused",
+        "mla": "refused",
+        "sliding_window": "proved",
+        "multimodal": "refused",
+    }
+
+
+def test_no_rendering_has_a_bare_tick() -> None:
+    rows = matrix([REF], [run(sliding_window="proved", softcap="refused")])
+    for text in (to_markdown(rows), to_html(rows), json.dumps(to_json(rows))):
+        assert not set("✓✔✅❌✗") & set(text)
+        assert "H100" in text
+        assert "2026-11-22" in text
+        assert "silicon" in text
+        assert "claimed" in text
+
+
+def test_the_strongest_level_is_what_a_listing_shows() -> None:
+    assert best_level([], "mine") == "declared"
+    assert best_level([run("schema", a="proved"), run("compiled", a="proved")], "mine") == "compiled"
+    assert best_level([run(a="over_claimed")], "mine") == "declared"
+
+
+@pytest.mark.parametrize(
+    "change", [{"schema": "other"}, {"version": 2}, {"level": "believed"}, {"features": 3}, {"device": None}]
+)
+def test_what_is_no_evidence_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(CheckFailedError, match=r"x\.json"):
+        Evidence.parse(document(**change), "x.json")
+
+
+def test_files_are_read_by_device_and_sorted_by_strength(tmp_path: Path) -> None:
+    for device, level, date in (
+        ("a", "schema", "2026-01-01"),
+        ("b", "silicon", "2025-01-01"),
+        ("c", "silicon", "2026-01-01"),
+    ):
+        (tmp_path / device).mkdir()
+        (tmp_path / device / "good.json").write_text(json.dumps(document(level=level, date=date)))
+    (tmp_path / "c" / "torn.json").write_text("{")
+    runs, problems = read_evidence([str(tmp_path)])
+    assert [(each.level, each.date) for each in runs] == [
+        ("silicon", "2026-01-01"),
+        ("silicon", "2025-01-01"),
+        ("schema", "2026-01-01"),
+    ]
+    assert len(problems) == 1
+    assert "torn.json" in problems[0]
+
+
+def test_a_plugin_may_ship_its_evidence(site: Site) -> None:
+    top = site.plugin("good")
+    (top / "evidence" / "chip").mkdir(parents=True)
+    (top / "evidence" / "chip" / "good.json").write_text(json.dumps(document()))
+    rows = {each["name"]: each for each in site.attn("matrix", "--format", "json").json["backends"]}
+    assert rows["good"]["features"]["sliding_window"] == {
+        "state": "proved",
+        "level": "silicon",
+        "device": "a chip",
+        "date": "2026-11-22",
+    }
+    listed = {each["name"]: each for each in site.attn("list-backends", "--json").json["backends"]}
+    assert listed["good"]["evidence"] == "silicon"
+
+
+def test_documents_carry_it_and_a_stale_one_fails_the_check(site: Site) -> None:
+    readme = site.folder / "README.md"
+    readme.write_text(f"# before\n{BEGIN}\n{END}\nafter\n")
+    stale = site.attn("matrix", "--check")
+    assert stale.code == 1
+    assert "README.md" in stale.err
+    assert site.attn("matrix", "--write").code == 0
+    text = readme.read_text()
+    assert text.startswith("# before\n")
+    assert text.endswith("\nafter\n")
+    assert "Sliding window" in text
+    assert site.attn("matrix", "--check").code == 0
+
+
+def test_a_document_without_the_markers_is_a_usage_error(site: Site) -> None:
+    (site.folder / "README.md").write_text("nothing")
+    assert site.attn("matrix", "--write").code == 2
+
+
+def test_a_torn_file_among_the_evidence_fails_the_matrix(site: Site) -> None:
+    (site.folder / "evidence" / "chip").mkdir(parents=True)
+    (site.folder / "evidence" / "chip" / "good.json").write_text("{")
+    done = site.attn("matrix", "--evidence", "evidence")
+    assert done.code == 1
+    assert "good.json" in done.err
