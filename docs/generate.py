@@ -8,6 +8,10 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+import os
+import re
+import shlex
+import subprocess
 import sys
 import tempfile
 import textwrap
@@ -19,11 +23,14 @@ import click
 from attn_core import errors
 from attn_core.cli import COMMANDS
 from attn_core.cli.group import attn
+from attn_core.cli.matrix import workspace_distributions
 from attn_core.cli.new import render
 from attn_core.planning import config, manifest, reasons
 from attn_core.runtime import backend, batch, kv_cache, layer
 
 DOCS: Final = Path(__file__).parent
+ROOT: Final = DOCS.parent
+OUTPUT: Final = re.compile(r"(<!-- output of: (attn .*?) -->).*?(<!-- end of output -->)", re.DOTALL)
 NOTICE: Final = "<!-- made from the code by docs/generate.py; do not edit -->\n"
 
 #: What each key of a manifest says. A key that is not described here, or described and gone, stops the generator.
@@ -48,7 +55,8 @@ CLAUSE_KEYS: Final = {
     "dtypes": "of queries and output",
     "kv_dtypes": 'of the cache; absent: `["auto"]`, the dtype of the queries',
     "head_dims": '`"any"`, or a list of `[qk, v]` pairs and of tables `{ min = 32, max = 256, multiple_of = 8 }`',
-    "page_sizes": 'native page sizes: `"any"`, or a list of integers and of tables `{ multiple_of = 16 }`, `{ power_of_two = true }`; absent: no cache, `ragged` only',
+    "page_sizes": 'native page sizes: `"any"`, or a list of integers and of tables `{ multiple_of = 16 }`, '
+    "`{ power_of_two = true }`; absent: no cache, `ragged` only",
     "kv_layouts": "layouts of the cache; needed with `page_sizes`, but for `mla`, which has one",
     "features": "of the closed set; absent: none",
     "max_group_size": "the most query heads for each KV head",
@@ -143,14 +151,14 @@ def cli_page() -> Iterator[str]:
     yield "# The command `attn`\n"
     yield "stdout is data, stderr is prose; a table when a person looks, plain columns when piped; `NO_COLOR` is"
     yield "honoured. Every JSON document has a `schema` and a `version`. Exit codes: 0 fine, 1 a check failed, 2 usage,"
-    yield "3 nothing fits, 4 broken or ambiguous, 5 another protocol, 70 a bug (`ATTN_DEBUG=1` shows where), 130 interrupted.\n"
+    yield "3 nothing fits, 4 broken or ambiguous, 5 another protocol, 70 a bug (`ATTN_DEBUG=1` shows where), 130"
+    yield "interrupted.\n"
     for name in COMMANDS:
         context = click.Context(attn, info_name="attn")
         command = attn.get_command(context, name)
         assert command is not None
-        text = command.get_help(
-            click.Context(command, parent=context, info_name=name, max_content_width=100, terminal_width=100)
-        )
+        wide = click.Context(command, parent=context, info_name=name, max_content_width=100, terminal_width=100)
+        text = command.get_help(wide)
         yield f"## attn {name}\n\n```\n{text}\n```\n"
 
 
@@ -236,25 +244,60 @@ def _comment(lines: list[str], number: int) -> str:
     return " ".join(above)
 
 
+def with_outputs(text: str) -> str:
+    """``text`` with what its commands print between ``<!-- output of: attn ... -->`` and ``<!-- end of output -->``."""
+    return OUTPUT.sub(lambda found: f"{found[1]}\n\n```\n$ {found[2]}\n{_printed(found[2])}\n```\n\n{found[3]}", text)
+
+
+def _printed(command: str) -> str:
+    """What ``attn ...`` prints with the plugins of this workspace, on a machine without an accelerator."""
+    name, *arguments = shlex.split(command)
+    assert name == "attn", command
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("ATTN_")}
+    environment |= {
+        "ATTN_FORCE_SYSTEM": "cpu",
+        "ATTN_PLUGINS": ",".join(workspace_distributions()),
+        "ATTN_CACHE_DIR": str(DOCS / "no-measured-times"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "attn_core", *arguments],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+def _pages() -> Iterator[tuple[Path, str]]:
+    """Every document that is made, or has something made in it, with the text that it should have."""
+    for name, page in PAGES.items():
+        yield DOCS / name, NOTICE + "\n".join(page()).rstrip() + "\n"
+    for path in (ROOT / "README.md", *sorted(DOCS.glob("*.md"))):
+        text = path.read_text(encoding="utf-8")
+        if OUTPUT.search(text):
+            yield path, with_outputs(text)
+
+
 def main() -> int:
     """Write every page, or with ``--check`` say which are out of date."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page is out of date")
     check = parser.parse_args().check
     stale = []
-    for name, page in PAGES.items():
-        text = NOTICE + "\n".join(page()).rstrip() + "\n"
-        path = DOCS / name
+    for path, text in _pages():
         if path.exists() and path.read_text(encoding="utf-8") == text:
             continue
+        name = path.relative_to(ROOT)
         if check:
-            stale.append(name)
+            stale.append(str(name))
         else:
             path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")
-            print(f"docs/{name}: written")
+            print(f"{name}: written")
     if stale:
-        print(f"out of date: {', '.join(f'docs/{name}' for name in stale)}; next: make docs", file=sys.stderr)
+        print(f"out of date: {', '.join(stale)}; next: make docs", file=sys.stderr)
     return 1 if stale else 0
 
 

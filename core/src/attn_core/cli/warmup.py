@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any, Final
+from typing import Any
 
 import click
 
 from attn_core.cli.output import note
 from attn_core.cli.params import BACKEND, MODEL, serving_options
 from attn_core.errors import UsageError
-
-#: how the name of a chip begins -> the device it is of
-_DEVICE_OF: Final = {"sm_": "cuda", "gfx": "rocm", "ascend": "npu"}
+from attn_core.planning.system import System
 
 
 @click.command()
@@ -48,7 +46,10 @@ def command(name: str, model: str, arch: str | None, **serving: Any) -> None:
 
 
 def _system(arch: str) -> str:
-    device = next((device for prefix, device in _DEVICE_OF.items() if arch.lower().startswith(prefix)), None)
-    if device is None:
-        raise UsageError(f"{arch!r} is no chip that is known", given=arch, accepted="sm_90, gfx942, ascend910b")
-    return f"{device}:{arch}"
+    """The system that the chip ``arch`` is of; what is neither NVIDIA's nor AMD's is an NPU's. Raises UsageError."""
+    for device in ("cuda", "rocm"):
+        try:
+            return str(System.parse(f"{device}:{arch}"))
+        except UsageError:
+            continue
+    return str(System.parse(f"npu:{arch}"))

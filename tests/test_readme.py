@@ -1,0 +1,21 @@
+"""The README's example runs as it stands, and the documents that are made are up to date."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+from .conftest import ROOT, run
+
+
+def test_the_example_runs_as_it_stands() -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len([line for line in example.splitlines() if line.strip()]) <= 16
+    assert run(sys.executable, "-c", example + "\nprint(tuple(out.shape))").splitlines()[-1] == "(5, 9, 64)"
+
+
+def test_links_of_the_documents_lead_somewhere() -> None:
+    for document in (ROOT / "README.md", *ROOT.glob("docs/**/*.md")):
+        for target in re.findall(r"\]\(([^)#]+)", document.read_text()):
+            if "://" not in target:
+                assert (document.parent / target).exists(), f"{document.relative_to(ROOT)} links to {target}"
