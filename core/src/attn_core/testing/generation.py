@@ -29,8 +29,8 @@ DRAFT_TOKENS: Final = 5
 #: Requests that graphs are captured for; only accelerators have them.
 GRAPH_DEVICES: Final = ("cuda", "rocm", "npu")
 
-#: A pattern of several requests for each mode.
-_SEVERAL: Final = {"extend": "two", "decode": "two", "verify": "two", "mixed": "seven", "draft_extend": "batch"}
+#: Values of these axes mean something only between the requests of a batch.
+_BETWEEN_REQUESTS: Final = ("memory", "batch_invariant", "cuda_graph")
 #: 33 requests in larger pages than this take more memory than they prove.
 _LARGEST_PAGE_OF_MANY: Final = 64
 _ALL_MODES: Final[tuple[Mode, ...]] = ("extend", "decode", "verify", "mixed", "draft_extend", "ragged")
@@ -117,20 +117,18 @@ def ladder(ground: Ground) -> Iterator[Case]:
     """The plain case, and those one step away from it."""
     plain, clause = ground.plain(), ground.clause
     yield plain
-    for name in sorted(_steps_of_features(ground)):
-        for value in _steps_of_features(ground)[name]:
-            yield _changed(plain, {name: value}, ground)
-    for name, values in _dimensions(ground).items():
-        for value in values[1:]:
-            pattern = {"pattern": _SEVERAL[ground.mode]} if name == "memory" else {}
-            yield _changed(plain, {name: value, **pattern}, ground)
+    changes = {**dict(sorted(_steps_of_features(ground).items())), **_rest_of(_dimensions(ground))}
+    for name, values in changes.items():
+        for value in values:
+            case = _changed(plain, {name: value}, ground)
+            yield several_requests(case) if name in _BETWEEN_REQUESTS else case
     if ground.mode == "ragged":
         return
-    batch = _changed(plain, {"pattern": _SEVERAL[ground.mode], "memory": "shuffled"}, ground)
+    batch = several_requests(replace(plain, memory="shuffled"))
     for option in ("steps", "flight"):
         yield replace(batch, options=batch.options | {option})
     for kinds in _several_kinds(plain.kinds[0], clause, plain.page_size):
-        yield _with_encoders(replace(batch, kinds=kinds))
+        yield with_encoders(replace(batch, kinds=kinds))
 
 
 def pairs(ground: Ground) -> Iterator[Case]:
@@ -175,6 +173,11 @@ def _dimensions(ground: Ground) -> dict[str, list[Any]]:
         if not ground.manifest.needs_host_lengths:
             table["nohost"] = [None, True]
     return table
+
+
+def _rest_of(table: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """The axes without their plain values."""
+    return {name: values[1:] for name, values in table.items()}
 
 
 def _steps_of_features(ground: Ground) -> dict[str, list[Any]]:
@@ -252,7 +255,7 @@ def _changed(case: Case, row: Row, ground: Ground) -> Case:
         options=case.options | options,
         **{name: row[name] for name in plain_names if name in row},
     )
-    return _with_encoders(with_pattern(case, row.get("pattern", "plain"), ground.draft_tokens))
+    return with_encoders(with_pattern(case, row.get("pattern", "plain"), ground.draft_tokens))
 
 
 def with_pattern(case: Case, name: str, draft_tokens: int) -> Case:
@@ -261,7 +264,13 @@ def with_pattern(case: Case, name: str, draft_tokens: int) -> Case:
     return replace(case, batch=batch, pattern=pattern)
 
 
-def _with_encoders(case: Case) -> Case:
+def several_requests(case: Case) -> Case:
+    """The case with a batch of several requests of different lengths."""
+    name = "batch" if case.mode == "draft_extend" else "seven"
+    return with_encoders(with_pattern(case, name, case.draft_tokens))
+
+
+def with_encoders(case: Case) -> Case:
     """Encoder lengths for every request, if a layer asks for them."""
     if not any(kind.cross for kind in case.kinds):
         return case

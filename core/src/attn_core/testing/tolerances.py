@@ -175,11 +175,12 @@ def _smallest(dtype: torch.dtype) -> float:
 def stored_error_bound(value: Tensor, dtype: torch.dtype, working: torch.dtype) -> Tensor:
     """How far the number that a cache of ``dtype`` stores may be from ``value`` (already divided by the scale, fp64).
 
-    0 unless the cache is fp8: then half a step of fp8, and one rounding of the quotient in the working dtype.
+    0 unless the cache is fp8: then half a step of fp8, one rounding of the quotient in the working dtype, and two in
+    fp32, of the scale and of its reciprocal.
     """
     if dtype not in FP8_DTYPES:
         return torch.zeros_like(value)
     info = torch.finfo(dtype)
     _, exponent = torch.frexp(value.abs().clamp(min=info.smallest_normal))
     half_step = torch.ldexp(torch.full_like(value, info.eps / 4), exponent)
-    return half_step + _UNIT[working] * value.abs()
+    return half_step + (_UNIT[working] + 2 * _SINGLE) * value.abs()
