@@ -83,7 +83,7 @@ class Operators:
     def paged_attention(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, table: Tensor, lengths: Tensor, out: Tensor
     ) -> None:
-        """One query a row of ``table`` [T, pages]; ``lengths`` [T] int32, on the host; key [pages, size, heads, width]."""
+        """One query for each row of ``table`` [T, pages]; ``lengths`` [T] int32 are on the host."""
         heads, kv_heads = query.shape[1], key.shape[2]
         _call("atb", "_npu_paged_attention", query, key, value, kv_heads, heads, scale, table, lengths, out)
 

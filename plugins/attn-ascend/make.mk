@@ -1,0 +1,24 @@
+# The real torch-npu, without a card: an environment of its own over .venv, and empty CANN libraries made by test code.
+ASCEND_ENV   := .venvs/ascend
+ASCEND_TESTS := plugins/attn-ascend/tests
+ASCEND_STUBS := $(ASCEND_ENV)/cann-stubs
+PLUGIN_TESTS += ascend-schema
+
+.PHONY: ascend-schema ascend-schemas-json
+
+# torch and everything else are .venv's: only the wheel of 44 MB is added, where nobody else imports it.
+$(ASCEND_ENV)/.ready: $(VENV)/.plugins $(ASCEND_TESTS)/ascend_wheel/cann_stubs.py $(ASCEND_TESTS)/ascend_wheel/acl.c
+	@echo "setup: torch-npu 2.13.0 in $(ASCEND_ENV)"
+	@rm -rf $(ASCEND_ENV) && $(BIN)/python -m venv --without-pip $(ASCEND_ENV)
+	@$(BIN)/python $(ASCEND_TESTS)/ascend_wheel/share_packages.py $(ASCEND_ENV)
+	@$(PIP) --python $(ASCEND_ENV)/bin/python install --quiet --no-deps torch-npu==2.13.0
+	@$(ASCEND_ENV)/bin/python $(ASCEND_TESTS)/ascend_wheel/cann_stubs.py $(ASCEND_STUBS)
+	@touch $@
+
+ASCEND_PYTHON = LD_LIBRARY_PATH=$(ASCEND_STUBS)/device TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(ASCEND_ENV)/bin/python
+
+ascend-schema: $(ASCEND_ENV)/.ready
+	$(ASCEND_PYTHON) -m pytest $(ASCEND_TESTS)/ascend_wheel
+
+ascend-schemas-json: $(ASCEND_ENV)/.ready
+	$(ASCEND_PYTHON) plugins/attn-ascend/tools/vendor_schemas.py

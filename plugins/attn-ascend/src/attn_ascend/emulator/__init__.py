@@ -1,0 +1,1 @@
+"""The contract emulator: CPU kernels behind the vendor's operator schemas, which check every limit."""
