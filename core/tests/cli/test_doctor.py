@@ -16,7 +16,7 @@ MISBEHAVIOUR = {
     "dies": ("import os; os._exit(7)", "fail", "ended the interpreter with exit code 7"),
     "crashes": ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "fail", "SIGSEGV"),
     "prints": ("print('hello from a plugin')\n" + BACKEND, "warn", "'hello from a plugin'"),
-    "slow": ("import time; time.sleep(2.5)\n" + BACKEND, "warn", "s to import"),
+    "slow": ("import time; time.sleep(3.2)\n" + BACKEND, "warn", "s to import"),
     "lacks_module": ("import no_such_module_at_all", "fail", "No module named 'no_such_module_at_all'"),
     "other_torch": (
         "raise ImportError('ext.so: undefined symbol: _ZN3c104cuda9SetDeviceEi')",

@@ -11,7 +11,8 @@ from attn_core.cli.matrix import BEGIN, END
 from attn_core.errors import CheckFailedError
 from attn_core.planning.discovery import BackendRef
 from attn_core.planning.manifest import Manifest
-from attn_core.testing.matrix import Evidence, best_level, matrix, read_evidence, to_html, to_json, to_markdown
+from attn_core.testing.matrix import matrix, to_html, to_json, to_markdown
+from attn_core.testing.proof import Evidence, best_level, read_evidence
 
 from .conftest import MANIFEST, Site
 

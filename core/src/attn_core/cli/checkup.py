@@ -22,7 +22,7 @@ from attn_core.planning.system import System
 from attn_core.planning.versions import Requirement
 
 #: a plugin that takes longer to import, torch apart, is worth a word
-SLOW_IMPORT_SECONDS: Final = 2.0
+SLOW_IMPORT_SECONDS: Final = 3.0
 #: how an extension that was compiled against another torch fails to load
 _ABI_SIGNS: Final = ("undefined symbol", "symbol not found", "version `GLIBCXX", "libtorch", "libc10")
 
@@ -108,7 +108,7 @@ def _plugin_check(ref: BackendRef, system: System, timeout: float) -> DoctorChec
     if problem is None:
         return _loaded_check(ref, who, outcome)
     if absent is not None:
-        return DoctorCheck(ref.listed, "warn", f"{who}: needs {absent.have}, found {absent.wanted}", absent.hint)
+        return DoctorCheck(ref.listed, "warn", f"{who}: needs {absent.wanted}, found {absent.have}", absent.hint)
     if any(sign in problem for sign in _ABI_SIGNS):
         return DoctorCheck(
             ref.listed,
@@ -199,4 +199,4 @@ def advice(installed: Installed, system: System) -> Iterator[DoctorCheck]:
         reasons = availability(ref.manifest, system)
         if reasons and all(r.layer == "installed" for r in reasons):
             for each in reasons:
-                yield DoctorCheck("to get more", "ok", f"{ref.listed} would run here with {each.have}", each.hint)
+                yield DoctorCheck("to get more", "ok", f"{ref.listed} would run here with {each.wanted}", each.hint)

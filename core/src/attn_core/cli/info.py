@@ -14,7 +14,8 @@ from attn_core.planning.discovery import BackendRef, discover
 from attn_core.planning.manifest import PROTOCOL_VERSION, Clause
 from attn_core.planning.reasons import Reason, availability
 from attn_core.planning.system import System, detect
-from attn_core.testing.matrix import Row, evidence_folders, matrix, read_evidence
+from attn_core.testing.matrix import Row, matrix
+from attn_core.testing.proof import evidence_folders, read_evidence
 
 _KINDS: Final = {"mha": "multi-head attention", "mla": "multi-head latent attention (MLA)"}
 

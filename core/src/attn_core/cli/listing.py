@@ -48,7 +48,7 @@ def _broken(installed: Installed) -> bool:
 
 
 def _entries(installed: Installed, system: System) -> list[dict[str, Any]]:
-    from attn_core.testing.matrix import best_level, evidence_folders, read_evidence
+    from attn_core.testing.proof import best_level, evidence_folders, read_evidence
 
     runs, problems = read_evidence(evidence_folders(installed.backends))
     for problem in problems:
@@ -123,5 +123,7 @@ def _usable(entry: dict[str, Any]) -> str:
         return "no: the name is claimed twice; use the full one"
     if entry["reasons"]:
         root = entry["reasons"][0]
+        if root["layer"] == "installed":
+            return f"no: needs {root['wanted']}, found {root['have']}"
         return f"no: {root['field']} is {root['wanted']}, it needs {root['have']}"
     return "yes"

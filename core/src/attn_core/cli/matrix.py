@@ -12,7 +12,8 @@ from attn_core.cli.output import note, print_json
 from attn_core.errors import CheckFailedError, UsageError
 from attn_core.planning.discovery import discover
 from attn_core.planning.filters import CORE_DISTRIBUTION
-from attn_core.testing.matrix import Row, evidence_folders, matrix, read_evidence, to_html, to_json, to_markdown
+from attn_core.testing.matrix import Row, matrix, to_html, to_json, to_markdown
+from attn_core.testing.proof import evidence_folders, read_evidence
 
 #: Between these two lines a document carries the matrix; what is there is ours.
 BEGIN: Final = "<!-- attn matrix: begin (rendered by `attn matrix --write`; do not edit) -->"
