@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ STEP_NAMES: Final = {
     ForwardMode.MIXED: "mixed",
     ForwardMode.TARGET_VERIFY: "verify",
 }
-OnToken = Callable[[Request, int], None]
+OnStep = Callable[[list[tuple[Request, int]]], None]
 
 
 @dataclass(slots=True)
@@ -49,6 +49,11 @@ class Figures:
     num_pages: int = 0
     first_token_seconds: float | None = None
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Prompt tokens computed so far."""
+        return sum(figures.prompt_tokens for figures in self.by_mode.values())
+
 
 class Engine:
     """Runs the requests of a scheduler through a model, one step after the other."""
@@ -60,8 +65,8 @@ class Engine:
         self._samplers: dict[int, Sampler] = {}
         self._began: float | None = None
 
-    def run(self, on_token: OnToken | None = None, should_stop: Callable[[], bool] = lambda: False) -> bool:
-        """Step until there is no work. ``on_token(request, token)`` is called for every token, a stop token too.
+    def run(self, on_step: OnStep = lambda tokens: None, should_stop: Callable[[], bool] = lambda: False) -> bool:
+        """Step until there is no work. ``on_step`` gets what each step brought: requests with their new token.
 
         ``should_stop`` is asked before each step; then every request keeps what it has. False if it was stopped.
         """
@@ -69,9 +74,7 @@ class Engine:
             if should_stop():
                 self.scheduler.abort()
                 return False
-            for request, token in self.step():
-                if on_token is not None:
-                    on_token(request, token)
+            on_step(self.step())
         return True
 
     def step(self) -> list[tuple[Request, int]]:
@@ -140,21 +143,3 @@ def mode_of(step: Step) -> ForwardMode:
     if all(n == 1 for n in step.query_lens):
         return ForwardMode.DECODE
     return ForwardMode.MIXED if step.query_lens[0] == 1 else ForwardMode.EXTEND
-
-
-def figures_json(figures: Figures) -> dict[str, Any]:
-    """The figures as JSON data; seconds and tokens, rates in tokens per second."""
-    return {
-        "steps": {
-            STEP_NAMES[mode]: {
-                "steps": f.steps,
-                "prompt_tokens": f.prompt_tokens,
-                "new_tokens": f.new_tokens,
-                "seconds": round(f.seconds, 6),
-                "tokens_per_second": round(f.tokens_per_second, 3),
-            }
-            for mode, f in figures.by_mode.items()
-        },
-        "pages": {"peak": figures.peak_pages, "total": figures.num_pages},
-        "first_token_seconds": figures.first_token_seconds,
-    }

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
 from attn_core.errors import ModelFolderError
-from attn_core.generate.weights import ModelFiles, require_packages
+from attn_core.generate.weights import ModelFiles, Progress, require_packages
 from attn_core.runtime.kv_cache import TORCH_DTYPES
 
 #: the releases whose attention and cache calls the adapters were run against: the first, and the first that is not
@@ -34,30 +36,38 @@ def check_transformers() -> None:
 
 
 def read_config(files: ModelFiles) -> Any:
-    """transformers' config of the folder. Raises ModelFolderError for one that transformers cannot read."""
+    """transformers' config of the folder, a language model's with weights in floating point.
+
+    Raises ModelFolderError for one that transformers cannot read or does not know as a language model.
+    """
     check_transformers()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from transformers import AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(str(files.folder), local_files_only=True)
+        config = AutoConfig.from_pretrained(str(files.folder), local_files_only=True)
     except Exception as error:
         raise _unreadable(files.folder, "config.json", error) from error
-
-
-def load_model(files: ModelFiles, *, dtype: str, device: str) -> Any:
-    """The causal language model of the folder, in ``dtype``, on ``device``, in evaluation mode.
-
-    Weights are mapped from the file and copied once. Raises ModelFolderError for weights that are damaged, incomplete
-    or quantized, and for architectures that transformers does not know as language models.
-    """
-    config = read_config(files)
-    if getattr(config, "quantization_config", None) is not None:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
         raise ModelFolderError(
-            f"{files.name} has quantized weights", accepted="weights in float16, bfloat16 or float32"
+            f"{files.name} is of type {config.model_type}, which does not generate from text alone",
+            given=config.model_type,
+            accepted="decoder-only language models",
         )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelFolderError(f"{files.name} has quantized weights", accepted="float16, bfloat16 or float32")
+    return config
+
+
+def load_model(files: ModelFiles, config: Any, *, dtype: str, device: str, progress: Progress) -> Any:
+    """The language model of the folder, in ``dtype``, on ``device``, in evaluation mode.
+
+    ``config`` is ``read_config``'s. Weights are mapped from the file and copied once. Raises ModelFolderError for
+    weights that are damaged or incomplete.
+    """
     from transformers import AutoModelForCausalLM
 
+    _report_loading(progress)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(files.folder),
@@ -88,12 +98,50 @@ def load_tokenizer(files: ModelFiles) -> Any:
         raise _unreadable(files.folder, "the tokenizer", error) from error
 
 
-def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end a text: those of the model's generation config and the tokenizer's own."""
-    named = getattr(model.generation_config, "eos_token_id", None)
-    ids = set(named) if isinstance(named, (list, tuple)) else {named}
-    ids.add(tokenizer.eos_token_id)
-    return frozenset(i for i in ids if i is not None)
+def stop_ids(files: ModelFiles, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end a text: those that the folder's configs name, and the tokenizer's own."""
+    ids = {tokenizer.eos_token_id}
+    for name in ("config.json", "generation_config.json"):
+        named = _json(files.folder / name).get("eos_token_id")
+        ids.update(named if isinstance(named, list) else [named])
+    return frozenset(i for i in ids if isinstance(i, int))
+
+
+def suggested_sampling(files: ModelFiles) -> dict[str, Any]:
+    """How the folder's generation config would have its model sampled, beyond greedy; it is not followed here."""
+    suggested = _json(files.folder / "generation_config.json")
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty") if suggested.get("do_sample") else ()
+    return {name: suggested[name] for name in names if suggested.get(name) not in (None, 1)}
+
+
+def _report_loading(progress: Progress) -> None:
+    """Have transformers count the tensors that it loads into ``progress``, in place of its own bar."""
+    from transformers.utils import logging
+
+    def count(make: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _counted(args[0], progress) if args else make(*args, **kwargs)
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    progress("loading weights", 0, 1)
+    if hasattr(logging, "set_tqdm_hook"):  # since transformers 5.18
+        logging.set_tqdm_hook(count)
+
+
+def _counted(items: Iterable[Any], progress: Progress) -> Iterator[Any]:
+    everything = list(items)
+    for done, item in enumerate(everything, 1):
+        yield item
+        progress("loading weights", done, len(everything))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise _unreadable(path.parent, path.name, error) from error
+    return data if isinstance(data, dict) else {}
 
 
 def _unreadable(folder: Path, what: str, error: Exception) -> ModelFolderError:

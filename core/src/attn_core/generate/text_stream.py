@@ -63,6 +63,12 @@ class OrderedOutput:
             self._live += 1
             self._flush()
 
+    def close(self) -> None:
+        """No request has any more tokens: everything that is held is written."""
+        for index, finished in enumerate(self._finished):
+            if not finished:
+                self.finish(index)
+
     def _put(self, index: int, text: str) -> None:
         self._held[index].append(text)
         self._flush()
