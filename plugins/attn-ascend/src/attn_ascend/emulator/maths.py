@@ -16,12 +16,12 @@ def attention(
     A query that sees no key gives NaN, LSE too: the chip's answer there is not documented, so nobody may use it.
     """
     n, heads, width = q.shape
-    grouped = q.float().view(n, k.shape[1], -1, width)
+    grouped = q.float().view(n, k.shape[1], heads // k.shape[1], width)
     scores = torch.einsum("nhgd,mhd->hgnm", grouped, k.float()) * scale
     if seen is not None:
         scores = scores.masked_fill(~seen, float("-inf"))
     if sink is not None:
-        column = sink.float().view(k.shape[1], -1, 1, 1).expand(-1, -1, n, 1)
+        column = sink.float().view(k.shape[1], heads // k.shape[1], 1, 1).expand(-1, -1, n, 1)
         scores = torch.cat([scores, column], -1)
     lse = torch.logsumexp(scores, -1) if scores.shape[-1] else scores.new_full(scores.shape[:-1], float("-inf"))
     lse = lse.masked_fill(lse == float("-inf"), float("nan"))

@@ -88,8 +88,8 @@ _FUSED: Final = {
     "mask_form": Rule("the compressed mask is bool, int8 or uint8 [2048, 2048]: 1 above the diagonal, else 0", "V2"),
     "mode": Rule("sparse_mode is 0, 1, 2, 3 or 4; in TND 0, 3 or 4", "V2; TI CheckFAIMask"),
     "single_mode": Rule(
-        "one query a request without rope, not in TND: sparse_mode, pre_tokens, next_tokens are ignored, so none may be "
-        "given, and no compressed mask",
+        "one query a request without rope, not in TND: sparse_mode, pre_tokens, next_tokens are ignored, so none may "
+        "be given, and no compressed mask",
         "V2: Q_S为1且不带rope输入时该参数无效",
     ),
     "full_mask": Rule("no mask in modes 0 and 1: beyond 512 keys chips were seen to ignore it", "FB 15503"),
