@@ -124,10 +124,6 @@ class AttentionConfig:
     def __post_init__(self) -> None:
         if not self.layers:
             raise ConfigError("a config without layers", accepted="at least one LayerKind")
-        ids = [i for kind in self.layers for i in kind.layer_ids]
-        if len(ids) != len(set(ids)):
-            twice = sorted({i for i in ids if ids.count(i) > 1})
-            raise ConfigError(f"layer ids {twice} are named by two layer kinds", accepted="each attention layer once")
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_DTYPES)
         if self.page_size is not None:
@@ -145,7 +141,10 @@ class AttentionConfig:
             raise ConfigError(f"speculative_eagle_topk is {self.speculative_eagle_topk}", accepted="1 (chain) or more")
 
     def _check_layers(self) -> None:
-        seen: dict[int, LayerKind] = {}
+        ids = [i for kind in self.layers for i in kind.layer_ids]
+        if len(ids) != len(set(ids)):
+            twice = sorted({i for i in ids if ids.count(i) > 1})
+            raise ConfigError(f"layer ids {twice} are named by two layer kinds", accepted="each attention layer once")
         for kind in self.layers:
             if kind.kind == "mla" and kind.scale is None:
                 raise ConfigError(
@@ -157,13 +156,9 @@ class AttentionConfig:
                     "a cached layer that is not causal", accepted="causal=True, cross=True or ragged=True",
                     hint="for tokens that see each other both ways set bidirectional_spans",
                 )  # fmt: skip
-            for layer_id in kind.layer_ids:
-                if layer_id in seen:
-                    raise ConfigError(f"layer {layer_id} is of two layer kinds", given=layer_id, accepted="one each")
-                seen[layer_id] = kind
 
     def without_towers(self) -> AttentionConfig:
-        """The same without ragged layers, for engines that run encoders themselves. Raises ConfigError if none is left."""
+        """The same without ragged layers, for engines that run the encoders. Raises ConfigError if none is left."""
         return replace(self, layers=self.cached_kinds)
 
     def replace(self, **changes: Any) -> AttentionConfig:

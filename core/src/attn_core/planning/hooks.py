@@ -70,6 +70,7 @@ class Hooks:
         try:
             self._manager.register(plugin, name)
         except Exception as error:
+            self._manager.unregister(name=name)  # pluggy keeps the hooks that came before the wrong one
             self._broken(name, error)
 
     def rank(
@@ -111,7 +112,7 @@ class Hooks:
                 yield from ((implementation.plugin_name, value) for value in result)
 
     def _broken(self, name: str, error: BaseException) -> None:
-        line = f"hook plugin {name!r} was left out: {type(error).__name__}: {error}"
+        line = f"hook plugin {name!r} was left out: {type(error).__name__}: {' '.join(str(error).split())}"
         self.problems.append(line)
         warnings.warn(line, HookWarning, stacklevel=2)
 

@@ -11,6 +11,7 @@ from typing import Any, Final, cast, get_args
 from attn_core.errors import ManifestError, nearest
 from attn_core.planning.claims import ANY_ARCH, NO_PAGES, ArchSpec, HeadDims, PageRule, PageSet, Widths
 from attn_core.planning.config import DTYPES, FEATURES, KV_DTYPES, KV_LAYOUTS, MAX_PAGE_SIZE, PHASES, Kind, Phase
+from attn_core.planning.tables import Table
 from attn_core.planning.versions import Requirement, Specifier
 
 #: The version of the contract that this core speaks; apart from package versions.
@@ -86,8 +87,8 @@ class Manifest:
             try:
                 data = tomllib.loads(data)
             except tomllib.TOMLDecodeError as error:
-                raise ManifestError(f"{source} is not TOML: {error}", hint="correct the line named above") from error
-        return _manifest(_Table(source, "", data))
+                raise ManifestError(f"{source} is not TOML: {error}", hint="correct the place that is named") from error
+        return _manifest(Table(source, "", data))
 
     @property
     def phases(self) -> frozenset[Phase]:
@@ -148,67 +149,7 @@ def _takes_media(clause: Clause) -> bool:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Table:
-    """One table of a manifest while it is read; every complaint names the file and the key."""
-
-    source: str
-    path: str
-    data: Mapping[str, Any]
-
-    def at(self, key: str) -> str:
-        return f"{self.path}.{key}" if self.path else key
-
-    def error(
-        self, key: str, problem: str, accepted: str | Iterable[Any] | None = None, hint: str | None = None
-    ) -> ManifestError:
-        return ManifestError(
-            f"{self.source}: {self.at(key)} {problem}", given=self.data.get(key), accepted=accepted, hint=hint
-        )
-
-    def only(self, known: tuple[str, ...]) -> None:
-        for key in self.data:
-            if key not in known:
-                near = nearest(key, known)
-                raise self.error(
-                    key, "is not a key of a manifest", known, f"did you mean {near!r}?" if near else "remove it"
-                )
-
-    def get(self, key: str, type_: type, what: str, default: Any = None) -> Any:
-        if key not in self.data:
-            if default is None:
-                raise self.error(key, "is missing", what)
-            return default
-        value = self.data[key]
-        if not isinstance(value, type_) or (isinstance(value, bool) and type_ is not bool):
-            raise self.error(key, f"is {value!r}", what)
-        return value
-
-    def positive(self, key: str) -> int | None:
-        if key not in self.data:
-            return None
-        value = self.get(key, int, "an integer from 1")
-        if value < 1:
-            raise self.error(key, f"is {value}", "an integer from 1")
-        return cast(int, value)
-
-    def table(self, key: str) -> _Table:
-        return _Table(self.source, self.at(key), self.get(key, dict, "a table", {}))
-
-    def chosen(self, key: str, known: Iterable[str], default: tuple[str, ...] | None = None) -> tuple[str, ...]:
-        """A list of distinct names, each of ``known``."""
-        known = tuple(known)
-        values = self.get(key, list, f"a list of: {', '.join(known)}", None if default is None else list(default))
-        for value in values:
-            if value not in known:
-                near = nearest(str(value), known)
-                raise self.error(key, f"has {value!r}", known, f"did you mean {near!r}?" if near else None)
-        if not values and default is None:
-            raise self.error(key, "is empty", known)
-        return tuple(dict.fromkeys(values))
-
-
-def _manifest(top: _Table) -> Manifest:
+def _manifest(top: Table) -> Manifest:
     schema = top.get("schema", int, f"schema = {SCHEMA_VERSION}")
     if schema != SCHEMA_VERSION:
         newer = schema > SCHEMA_VERSION
@@ -232,7 +173,7 @@ def _manifest(top: _Table) -> Manifest:
         schema=schema,
         protocol=_protocol(top),
         summary=top.get("summary", str, "one line for people"),
-        clauses=tuple(_clause(_Table(top.source, f"supports[{i}]", entry)) for i, entry in enumerate(supports)),
+        clauses=tuple(_clause(Table(top.source, f"supports[{i}]", entry)) for i, entry in enumerate(supports)),
         requires_dists=_requirements(requires),
         needs_host_lengths=requires.get("host_lengths", bool, "true or false", False),
         fallback=_fallback(top.table("fallback"), name),
@@ -240,7 +181,7 @@ def _manifest(top: _Table) -> Manifest:
     )
 
 
-def _protocol(top: _Table) -> Specifier:
+def _protocol(top: Table) -> Specifier:
     text = top.get("protocol", str, "bounds on the protocol version, such as '>=1.0,<2'")
     try:
         specifier = Specifier.parse(text)
@@ -251,7 +192,7 @@ def _protocol(top: _Table) -> Specifier:
     return specifier
 
 
-def _requirements(requires: _Table) -> tuple[Requirement, ...]:
+def _requirements(requires: Table) -> tuple[Requirement, ...]:
     texts = requires.get("dists", list, "a list such as ['flashinfer-python>=0.6']", [])
     try:
         return tuple(Requirement.parse(text) for text in texts)
@@ -261,7 +202,7 @@ def _requirements(requires: _Table) -> tuple[Requirement, ...]:
         ) from error
 
 
-def _fallback(table: _Table, own: str) -> Mapping[Phase, tuple[str, ...]]:
+def _fallback(table: Table, own: str) -> Mapping[Phase, tuple[str, ...]]:
     table.only(PHASES)
     chains: dict[Phase, tuple[str, ...]] = {}
     for phase in PHASES:
@@ -273,7 +214,7 @@ def _fallback(table: _Table, own: str) -> Mapping[Phase, tuple[str, ...]]:
     return chains
 
 
-def _clause(table: _Table) -> Clause:
+def _clause(table: Table) -> Clause:
     table.only(_CLAUSE_KEYS)
     kind = table.get("kind", str, " or ".join(KINDS))
     if kind not in KINDS:
@@ -295,13 +236,13 @@ def _clause(table: _Table) -> Clause:
     )
 
 
-def _devices(table: _Table) -> tuple[str, ...]:
+def _devices(table: Table) -> tuple[str, ...]:
     if isinstance(table.data.get("device"), str):
-        table = _Table(table.source, table.path, {**table.data, "device": [table.data["device"]]})
+        table = Table(table.source, table.path, {**table.data, "device": [table.data["device"]]})
     return table.chosen("device", DEVICES)
 
 
-def _arch(table: _Table) -> ArchSpec:
+def _arch(table: Table) -> ArchSpec:
     if "arch" not in table.data:
         return ANY_ARCH
     try:
@@ -310,7 +251,7 @@ def _arch(table: _Table) -> ArchSpec:
         raise table.error("arch", f"is {table.data['arch']!r}", str(error)) from error
 
 
-def _layouts(table: _Table, kind: str) -> tuple[str, ...]:
+def _layouts(table: Table, kind: str) -> tuple[str, ...]:
     if "page_sizes" not in table.data:
         if "kv_layouts" in table.data:
             raise table.error(
@@ -329,7 +270,7 @@ _HEAD_DIMS: Final = (
 )
 
 
-def _head_dims(table: _Table) -> HeadDims:
+def _head_dims(table: Table) -> HeadDims:
     value = table.data.get("head_dims")
     if value == "any":
         return HeadDims()
@@ -339,7 +280,7 @@ def _head_dims(table: _Table) -> HeadDims:
     return HeadDims(tuple(_head_dim(table, entry) for entry in entries))
 
 
-def _head_dim(table: _Table, entry: object) -> tuple[Widths, Widths, bool]:
+def _head_dim(table: Table, entry: object) -> tuple[Widths, Widths, bool]:
     if isinstance(entry, list) and len(entry) == 2 and all(type(n) is int and n > 0 for n in entry):
         return Widths(entry[0], entry[0]), Widths(entry[1], entry[1]), False
     if isinstance(entry, dict) and set(entry) == {"qk", "v"}:
@@ -350,14 +291,14 @@ def _head_dim(table: _Table, entry: object) -> tuple[Widths, Widths, bool]:
     raise table.error("head_dims", f"has {entry!r}", _HEAD_DIMS)
 
 
-def _widths(table: _Table, entry: object) -> Widths:
+def _widths(table: Table, entry: object) -> Widths:
     if type(entry) is int and entry > 0:
         return Widths(entry, entry)
     rule = _rule(table, "head_dims", entry, ("min", "max", "multiple_of"))
     return Widths(rule.get("min", 1), rule.get("max"), rule.get("multiple_of", 1))
 
 
-def _pages(table: _Table, features: frozenset[str]) -> PageSet:
+def _pages(table: Table, features: frozenset[str]) -> PageSet:
     if "page_sizes" not in table.data:
         if "ragged" not in features:
             raise table.error(
@@ -378,14 +319,14 @@ def _pages(table: _Table, features: frozenset[str]) -> PageSet:
     return pages
 
 
-def _page_rule(table: _Table, entry: object) -> PageRule:
+def _page_rule(table: Table, entry: object) -> PageRule:
     if type(entry) is int and 1 <= entry <= MAX_PAGE_SIZE:
         return PageRule(min=entry, max=entry)
     rule = _rule(table, "page_sizes", entry, ("min", "max", "multiple_of", "power_of_two"))
     return PageRule(**rule)
 
 
-def _rule(table: _Table, key: str, entry: object, known: tuple[str, ...]) -> dict[str, Any]:
+def _rule(table: Table, key: str, entry: object, known: tuple[str, ...]) -> dict[str, Any]:
     """A table of bounds: integers from 1, and ``power_of_two = true``."""
     if not isinstance(entry, dict) or not entry:
         raise table.error(key, f"has {entry!r}", f"an integer from 1, or a table of: {', '.join(known)}")
