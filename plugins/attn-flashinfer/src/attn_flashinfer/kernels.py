@@ -1,0 +1,130 @@
+"""Our Triton kernels around FlashInfer: page indices, packed masks, and sinks folded into an output."""
+# mypy: disable-error-code="import-not-found, import-untyped, no-untyped-def, no-untyped-call, untyped-decorator, misc, type-arg, valid-type, name-defined, unused-ignore"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attn_core.runtime.batch import ForwardBatch
+
+_TILE = 1024
+_HEADS = 8
+
+
+@triton.jit
+def _expand(page_table, indptr, indices, row_stride, TILE: tl.constexpr):
+    b = tl.program_id(0)
+    first = tl.load(indptr + b)
+    count = tl.load(indptr + b + 1) - first
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    live = column < count
+    tl.store(indices + first + column, tl.load(page_table + b.to(tl.int64) * row_stride + column, mask=live), mask=live)
+
+
+def launch_expand(page_table: Tensor, indptr: Tensor, indices: Tensor, longest: int) -> None:
+    """See `page_indices.expand`."""
+    grid = (page_table.shape[0], triton.cdiv(longest, _TILE))
+    _expand[grid](page_table, indptr, indices, page_table.stride(0), TILE=_TILE, num_warps=4)
+
+
+@triton.jit
+def _depths(visible, depths, drafts, Q: tl.constexpr):
+    column = tl.arange(0, Q)
+    seen = tl.load(visible + tl.program_id(0) * drafts + column, mask=column < drafts, other=0).to(tl.int32)
+    tl.store(depths + tl.program_id(0), tl.sum(seen, 0) - 1)
+
+
+@triton.jit
+def _pack(
+    packed, byte_starts, seq_lens, query_start_loc, visible, depths, spans, window, num_spans, drafts,
+    TREE: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0)
+    first = tl.load(byte_starts + b)
+    count = tl.load(byte_starts + b + 1) - first
+    n = tl.load(query_start_loc + b + 1) - tl.load(query_start_loc + b)
+    m = tl.load(seq_lens + b)
+    prefix = m - n
+    byte = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    value = tl.zeros([TILE], dtype=tl.int32)
+    for bit in tl.static_range(8):
+        place = byte.to(tl.int64) * 8 + bit
+        width = tl.maximum(m, 1)
+        i = (place // width).to(tl.int32)
+        j = (place % width).to(tl.int32)
+        live = (i < n) & (byte < count)
+        query = prefix + i
+        key = j
+        if TREE:
+            draft = live & (j >= prefix) & (prefix >= 0)
+            seen = tl.load(visible + (b * drafts + i) * drafts + (j - prefix), mask=draft, other=1).to(tl.int32) > 0
+            if WINDOW:
+                query = prefix + tl.load(depths + b * drafts + i, mask=live, other=0)
+                depth = tl.load(depths + b * drafts + (j - prefix), mask=draft, other=0)
+                key = tl.where(draft, prefix + depth, j)
+        else:
+            seen = key <= query
+        for s in range(num_spans):
+            start = tl.load(spans + (b * num_spans + s) * 2)
+            stop = tl.load(spans + (b * num_spans + s) * 2 + 1)
+            seen = seen | ((query >= start) & (query < stop) & (key >= start) & (key < stop))
+        if WINDOW:
+            seen = seen & (key > query - window)
+        value = value | tl.where(seen & live, 1 << bit, 0)
+    tl.store(packed + first + byte, value.to(tl.uint8), mask=byte < count)
+
+
+def launch_pack(
+    batch: ForwardBatch, window: int | None, byte_starts: Tensor, packed: Tensor, longest: int, depths: Tensor | None
+) -> None:
+    """See `masks.pack`; ``depths`` int32, at least one for each draft, is filled where a windowed tree needs it."""
+    if not longest:
+        return
+    tree, spans = batch.tree, batch.spans
+    visible, drafts = packed, 0
+    if tree is not None:
+        drafts = tree.num_draft_tokens
+        visible = tree.visible.contiguous().view(torch.uint8)
+        if window is not None:
+            rows = batch.batch_size * drafts
+            depths = packed.new_empty(rows, dtype=torch.int32) if depths is None else depths
+            _depths[(rows,)](visible, depths, drafts, Q=max(16, triton.next_power_of_2(drafts)), num_warps=1)
+    _pack[(batch.batch_size, triton.cdiv(longest, 512))](
+        packed, byte_starts, batch.seq_lens, batch.query_start_loc, visible,
+        byte_starts if depths is None else depths, packed if spans is None else spans.contiguous(), window or 0,
+        0 if spans is None else spans.shape[1], drafts,
+        TREE=tree is not None, WINDOW=window is not None, TILE=512, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _fold(out, lse, sinks, out_t, out_h, num_heads, width, HEADS: tl.constexpr, WIDTH: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    column = tl.arange(0, WIDTH)
+    live = head < num_heads
+    tile = live[:, None] & (column < width)[None, :]
+    found = tl.load(lse + token * num_heads + head, mask=live, other=-float("inf")) * 0.6931471805599453
+    sink = tl.load(sinks + head, mask=live, other=-float("inf")).to(tl.float32)
+    top = tl.maximum(found, sink)
+    top = tl.where(top == -float("inf"), 0.0, top)
+    weight = tl.exp(found - top)
+    total = weight + tl.exp(sink - top)
+    safe = tl.where(total > 0, total, 1.0)
+    place = out + token * out_t + head[:, None] * out_h + column[None, :]
+    value = tl.load(place, mask=tile, other=0.0).to(tl.float32)
+    value = tl.where(weight[:, None] > 0, value * (weight / safe)[:, None], 0.0)
+    tl.store(place, value.to(out.dtype.element_ty), mask=tile)
+    tl.store(lse + token * num_heads + head, tl.where(total > 0, top + tl.log(safe), -float("inf")), mask=live)
+
+
+def launch_fold(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
+    """See `sinks.fold_sinks`."""
+    tokens, heads, width = out.shape
+    _fold[(tokens, triton.cdiv(heads, _HEADS))](
+        out, lse, sinks, *out.stride()[:2], heads, width,
+        HEADS=_HEADS, WIDTH=triton.next_power_of_2(width), num_warps=4,
+    )  # fmt: skip

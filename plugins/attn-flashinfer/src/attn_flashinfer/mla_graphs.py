@@ -1,0 +1,126 @@
+"""Captured graphs of MLA: the fixed buffers that all share, and the plan made again before a replay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attn_core.errors import BatchError, CapacityError, KernelError
+from attn_core.planning.config import AttentionConfig
+from attn_core.runtime.batch import ForwardBatch, ForwardMode
+from attn_core.runtime.kv_cache import KVCache
+from attn_flashinfer.graphs import KeyBuffers
+from attn_flashinfer.library import errors_of
+from attn_flashinfer.mla_plan import LatentShape, MLAStep, plan_latent
+from attn_flashinfer.wrappers import PlannedWrapper, workspace
+
+
+class MLAGraphPlanner:
+    """One wrapper for each shape of layer and captured batch size, over one set of page buffers."""
+
+    def __init__(self, config: AttentionConfig, cache: KVCache, library: Any, kernels: str, max_batch_size: int) -> None:
+        max_len = cache.num_pages * cache.page_size if config.max_context_len is None else config.max_context_len
+        pages = -(-max_len // cache.page_size)
+        self._config, self._cache, self._library, self._kernels = config, cache, library, kernels
+        self._max_batch_size = max_batch_size
+        self.keys = KeyBuffers(max_batch_size, pages, cache.page_size, cache.device)
+        self._lens = torch.zeros(max_batch_size, dtype=torch.int32, device=cache.device)
+        self._queries: dict[int, Tensor] = {}
+        self._tables: dict[tuple[LatentShape, int], tuple[Tensor, Tensor]] = {}
+        self._captured: dict[tuple[ForwardMode, int, int], dict[LatentShape, PlannedWrapper]] = {}
+
+    def capture(self, batch: ForwardBatch, shapes: list[LatentShape]) -> MLAStep:
+        """Wrappers over the shared buffers for every shape of layer, planned for ``batch``."""
+        b = batch.batch_size
+        if b > self._max_batch_size:
+            raise CapacityError(f"a graph of {b} requests", accepted=f"up to {self._max_batch_size}, as announced")
+        self.keys.refill(batch.seq_lens_cpu, batch.page_table)
+        key = (batch.mode, b, batch.num_tokens)
+        if key not in self._captured:
+            self._captured[key] = {shape: self._new(batch, shape) for shape in shapes}
+        return MLAStep({s: p.wrapper for s, p in self._captured[key].items()})
+
+    def replay(self, batch: ForwardBatch) -> None:
+        """Plan again: the library's plan kernel tables alone, into the buffers that the graph reads.
+
+        ``wrapper.plan`` would copy its 8 MiB of tables aside first, in case it fails. Raises BatchError for a batch size
+        that was not captured, KernelError if the library lays the tables out otherwise than for the capture.
+        """
+        captured = self._captured.get((batch.mode, batch.batch_size, batch.num_tokens))
+        if captured is None:
+            sizes = sorted({b for mode, b, _ in self._captured if mode is batch.mode})
+            raise BatchError(f"{batch.mode.name} of {batch.batch_size} requests was not captured", accepted=sizes)
+        self.keys.refill(batch.seq_lens_cpu, batch.page_table)
+        for shape, planned in captured.items():
+            with errors_of(f"planning a graph of {batch.batch_size} requests"):
+                planned.plan(self._plan_tables_again, planned.wrapper, shape, batch)
+
+    def _plan_tables_again(self, wrapper: Any, shape: LatentShape, batch: ForwardBatch) -> None:
+        made = wrapper._planned_backend
+        plan_info = made._cached_module.plan(
+            made._float_workspace_buffer,
+            made._int_workspace_buffer,
+            made._pin_memory_int_workspace_buffer,
+            _starts(batch),
+            self.keys.host_indptr,
+            self.keys.host_lens,
+            shape.padded_heads,
+            shape.latent_dim,
+            made._causal,
+        )
+        if list(plan_info) != list(made._plan_info):
+            raise KernelError(
+                "FlashInfer laid out its plan otherwise than at capture",
+                given=list(plan_info),
+                accepted=list(made._plan_info),
+                hint="capture again",
+            )
+
+    def _new(self, batch: ForwardBatch, shape: LatentShape) -> PlannedWrapper:
+        b, q = batch.batch_size, batch.num_tokens // max(1, batch.batch_size)
+        device = self._cache.device
+        starts = self._queries.setdefault(
+            q, torch.arange(0, (self._max_batch_size + 1) * q, q, dtype=torch.int32, device=device)
+        )
+        with errors_of("a new wrapper for a graph"):
+            wrapper = self._library.mla_wrapper(
+                workspace(device),
+                use_cuda_graph=True,
+                qo_indptr=starts[: b + 1],
+                kv_indptr=self.keys.indptr(b),
+                kv_indices=self.keys.indices,
+                kv_len_arr=self._lens[:b],
+                backend=self._kernels,
+            )
+            planned = PlannedWrapper(wrapper)
+            planned.plan(
+                plan_latent,
+                wrapper,
+                self._library,
+                shape,
+                self._config,
+                self._cache,
+                causal=q > 1,
+                query_starts=_starts(batch),
+                indptr=self.keys.host_indptr,
+                indices=self.keys.indices[: int(self.keys.host_indptr[-1])],
+                lens=self.keys.host_lens,
+            )
+            self._share_tables(wrapper, shape, q)
+            planned.plan(self._plan_tables_again, wrapper, shape, batch)
+        return planned
+
+    def _share_tables(self, wrapper: Any, shape: LatentShape, q: int) -> None:
+        """One set of plan tables, on the device and page-locked, for all batch sizes: only one graph runs at a time, and
+        each is planned just before it runs."""
+        made = wrapper._planned_backend
+        own = (made._int_workspace_buffer, made._pin_memory_int_workspace_buffer)
+        shared = self._tables.setdefault((shape, q), own)
+        made._int_workspace_buffer, made._pin_memory_int_workspace_buffer = shared
+
+
+def _starts(batch: ForwardBatch) -> Tensor:
+    q = batch.num_tokens // max(1, batch.batch_size)
+    return torch.arange(0, (batch.batch_size + 1) * q, q, dtype=torch.int32)

@@ -1,0 +1,342 @@
+"""A stand-in for flashinfer's wrappers: their conventions in plain torch, strict about the limits they have.
+
+Kept from the real ones: log-sum-exp in base 2; window_left w keeps w + 1 keys; ``sinks=`` ignored; plan on the host,
+buffers on the device; packed masks with starts in bytes at run time, but computed in bits by plan(); fa3 without masks;
+planned dtypes, shapes and log-sum-exp modes checked at run time; MLA causal tiles that end inside a token refused.
+"""
+# ruff: noqa: ANN001, ANN002, ANN003, ANN201, ANN202, ANN204
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FA3_WIDTHS = ((64, 64), (128, 128), (256, 256), (192, 128))
+
+
+class FakeFlashInfer:
+    """``plans``: (wrapper class, keyword arguments) of each plan; ``runs``: likewise; ``made``: wrappers constructed."""
+
+    def __init__(self) -> None:
+        self.plans: list[tuple[str, dict[str, Any]]] = []
+        self.runs: list[tuple[str, dict[str, Any]]] = []
+        self.made: list[Any] = []
+        self.fail: Exception | None = None
+
+    def modules(self) -> dict[str, ModuleType]:
+        """The modules to put into sys.modules."""
+        decode, prefill, mla = (ModuleType(f"flashinfer.{name}") for name in ("decode", "prefill", "mla"))
+        decode.BatchDecodeWithPagedKVCacheWrapper = self._bound(Decode)
+        decode.fast_decode_plan = fast_decode_plan
+        prefill.BatchPrefillWithPagedKVCacheWrapper = self._bound(Prefill)
+        prefill.BatchPrefillWithRaggedKVCacheWrapper = self._bound(Ragged)
+        mla.BatchMLAPagedAttentionWrapper = self._bound(MLA)
+        mla.MLAPlanMetadata = Metadata
+        flashinfer = ModuleType("flashinfer")
+        flashinfer.decode, flashinfer.prefill, flashinfer.mla = decode, prefill, mla
+        found = {"flashinfer": flashinfer}
+        return found | {f"flashinfer.{name}": getattr(flashinfer, name) for name in ("decode", "prefill", "mla")}
+
+    def _bound(self, cls):
+        owner = self
+
+        class Bound(cls):
+            log = owner
+
+            def __init__(self, *arguments, **options):
+                super().__init__(*arguments, **options)
+                owner.made.append(self)
+
+        Bound.__name__ = cls.__name__
+        return Bound
+
+
+@dataclass(frozen=True)
+class Metadata:
+    qo_indptr: Tensor
+    kv_indptr: Tensor
+    kv_indices: Tensor
+    kv_len_arr: Tensor
+
+    @classmethod
+    def csr(cls, qo_indptr, kv_indptr, kv_indices, kv_len_arr):
+        return cls(qo_indptr, kv_indptr, kv_indices, kv_len_arr)
+
+
+class Wrapper:
+    log: FakeFlashInfer
+
+    def _start(self, float_workspace_buffer, kv_layout, use_cuda_graph, backend):
+        assert backend in ("fa2", "fa3"), "name the kernels"
+        assert float_workspace_buffer.dtype == torch.uint8
+        self.device = float_workspace_buffer.device
+        self._float_workspace_buffer = float_workspace_buffer
+        self._kv_layout, self._use_cuda_graph, self._backend = kv_layout, use_cuda_graph, backend
+        self._int_workspace_buffer = torch.empty(8, dtype=torch.uint8)
+        self._rows: list[int] | None = None
+        self._max_rows: int | None = None
+
+    def reset_workspace_buffer(self, float_workspace_buffer, int_workspace_buffer):
+        self._float_workspace_buffer, self._int_workspace_buffer = float_workspace_buffer, int_workspace_buffer
+
+    def _note(self, list_name, arguments):
+        getattr(self.log, list_name).append((type(self).__name__, arguments))
+        if self.log.fail is not None:
+            raise self.log.fail
+
+
+class Paged(Wrapper):
+    """What the paged wrappers share once their plan is stored."""
+
+    def _store(self, qo_indptr, indptr, indices, last_page_len, a):
+        for tensor in (qo_indptr, indptr, last_page_len):
+            assert tensor.device.type == "cpu", "a device tensor would be read back"
+            assert tensor.dtype == torch.int32
+        if self._use_cuda_graph:
+            assert len(last_page_len) == len(self._last_buf), "The batch size should be fixed in cudagraph mode"
+            assert len(indices) <= len(self._indices_buf)
+            self._indptr_buf.copy_(indptr)
+            self._last_buf.copy_(last_page_len)
+            self._indices_buf[: len(indices)] = indices
+            self._max_rows = self._max_rows or int(qo_indptr[-1])
+            assert int(qo_indptr[-1]) <= self._max_rows
+        else:
+            self._indptr_buf, self._indices_buf, self._last_buf = indptr.clone(), indices, last_page_len.clone()
+        self._plan_host(qo_indptr, indptr, last_page_len, a)
+
+    def _plan_host(self, qo_indptr, indptr, last_page_len, a):
+        self._qo_host = qo_indptr.clone()
+        self._kv_host = (indptr.clone(), last_page_len.clone())
+        self._plan = a
+
+    def _attend(self, q, paged_kv_cache, out, return_lse, k_scale, v_scale, mask):
+        a = self._plan
+        k_cache, v_cache = paged_kv_cache
+        assert q.dtype == a["q_data_type"], "planned query dtype"
+        assert k_cache.dtype == v_cache.dtype == (a["kv_data_type"] or a["q_data_type"]), "planned cache dtype"
+        if self._kv_layout == "HND":
+            k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
+        assert k_cache.shape[1] == a["page_size"]
+        assert k_cache.stride() == v_cache.stride(), "another module would be built for unequal strides"
+        assert q.shape[0] == int(self._qo_host[-1]), "q.shape[0] does not match qo_indptr[-1]"
+        assert torch.equal(self._indptr_buf, self._kv_host[0]), "the plan is for other pages than the buffers hold"
+        assert torch.equal(self._last_buf, self._kv_host[1])
+        if out is None:
+            out = torch.full((*q.shape[:2], v_cache.shape[-1]), float("nan"), dtype=q.dtype)
+        assert out.is_contiguous(), "the kernels write rows one after the other"
+        lse = torch.full(q.shape[:2], float("nan"))
+        for b in range(len(self._last_buf)):
+            rows = slice(int(self._qo_host[b]), int(self._qo_host[b + 1]))
+            pages = self._indices_buf[int(self._indptr_buf[b]) : int(self._indptr_buf[b + 1])].long()
+            count = 0 if not len(pages) else (len(pages) - 1) * a["page_size"] + int(self._last_buf[b])
+            k = k_cache[pages].flatten(0, 1)[:count].double()
+            v = v_cache[pages].flatten(0, 1)[:count].double()
+            bits = None if mask is None else mask(b, rows.stop - rows.start, count)
+            part, part_lse = attend(q[rows].double(), k, v, a, bits, k_scale)
+            out[rows], lse[rows] = (part * v_scale).to(out.dtype), part_lse.float()
+        return (out, lse) if return_lse else out
+
+
+class Decode(Paged):
+    def __init__(
+        self, float_workspace_buffer, kv_layout="NHD", use_cuda_graph=False, use_tensor_cores=False,
+        paged_kv_indptr_buffer=None, paged_kv_indices_buffer=None, paged_kv_last_page_len_buffer=None, backend="auto",
+        jit_args=None,
+    ):  # fmt: skip
+        self._start(float_workspace_buffer, kv_layout, use_cuda_graph, backend)
+        assert use_tensor_cores
+        self._indptr_buf, self._indices_buf = paged_kv_indptr_buffer, paged_kv_indices_buffer
+        self._last_buf = paged_kv_last_page_len_buffer
+
+    def plan(
+        self, indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, *, window_left=-1,
+        logits_soft_cap=None, q_data_type="float16", kv_data_type=None, sm_scale=None,
+    ):  # fmt: skip
+        a = dict(locals())
+        self._note("plans", a)
+        self._store(torch.arange(len(last_page_len) + 1, dtype=torch.int32), indptr, indices, last_page_len, a | {"causal": False})
+
+    def run(self, q, paged_kv_cache, *, k_scale=None, v_scale=None, out=None, return_lse=False, sinks=None):
+        self._note("runs", dict(locals()))
+        return self._attend(q, paged_kv_cache, out, return_lse, k_scale or 1.0, v_scale or 1.0, None)
+
+
+def fast_decode_plan(
+    self, indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, pos_encoding_mode="NONE",
+    window_left=-1, logits_soft_cap=None, q_data_type=None, kv_data_type=None, data_type=None, sm_scale=None,
+    rope_scale=None, rope_theta=None, non_blocking=True, fixed_split_size=None, disable_split_kv=False, q_len_per_req=1,
+    global_override_indptr_cpu=None,
+):  # fmt: skip
+    a = {name: value for name, value in locals().items() if name != "self"}
+    self._note("plans", a | {"fast": True})
+    assert last_page_len.device.type == "cpu", "it would be read back"
+    assert global_override_indptr_cpu is not None
+    self._plan_host(torch.arange(len(last_page_len) + 1, dtype=torch.int32), indptr, last_page_len, a | {"causal": False})
+
+
+class Prefill(Paged):
+    def __init__(
+        self, float_workspace_buffer, kv_layout="NHD", use_cuda_graph=False, qo_indptr_buf=None,
+        paged_kv_indptr_buf=None, paged_kv_indices_buf=None, paged_kv_last_page_len_buf=None, custom_mask_buf=None,
+        mask_indptr_buf=None, backend="auto", jit_args=None, jit_kwargs=None, variant_owns_mask=False,
+    ):  # fmt: skip
+        self._start(float_workspace_buffer, kv_layout, use_cuda_graph, backend)
+        self._indptr_buf, self._indices_buf = paged_kv_indptr_buf, paged_kv_indices_buf
+        self._last_buf, self._custom_mask_buf = paged_kv_last_page_len_buf, custom_mask_buf
+        self._mask_indptr_buf = mask_indptr_buf
+        if use_cuda_graph:
+            assert len(qo_indptr_buf) - 1 == len(paged_kv_last_page_len_buf)
+
+    def plan(
+        self, qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len, num_qo_heads, num_kv_heads,
+        head_dim_qk, page_size, head_dim_vo=None, custom_mask=None, packed_custom_mask=None, causal=False,
+        sm_scale=None, window_left=-1, logits_soft_cap=None, q_data_type="float16", kv_data_type=None,
+        uniform_q_len=None,
+    ):  # fmt: skip
+        a = dict(locals())
+        self._note("plans", a)
+        if self._backend == "fa3":
+            assert packed_custom_mask is None, "fa3 has no masks"
+            assert (head_dim_qk, head_dim_vo or head_dim_qk) in FA3_WIDTHS
+            assert kv_data_type in (None, q_data_type), "fa3 reads fp8 only with fp8 queries"
+        if not self._use_cuda_graph:
+            self._custom_mask_buf = packed_custom_mask
+            lens = torch.diff(paged_kv_indptr).sub(1).clamp(min=0) * page_size + paged_kv_last_page_len
+            in_bits = torch.cumsum(torch.diff(qo_indptr) * lens, 0)
+            self._mask_indptr_buf = torch.cat([torch.zeros(1), in_bits]).int() if packed_custom_mask is not None else None
+        self._store(qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len, a)
+
+    def run(self, q, paged_kv_cache, *, k_scale=None, v_scale=None, out=None, return_lse=False, lse_base="log2", sinks=None):
+        self._note("runs", dict(locals()))
+        mask = self._bits if self._custom_mask_buf is not None else None
+        return self._attend(q, paged_kv_cache, out, return_lse, k_scale or 1.0, v_scale or 1.0, mask)
+
+    def _bits(self, b, n, m):
+        place = torch.arange(n * m)
+        packed = self._custom_mask_buf[int(self._mask_indptr_buf[b]) + place // 8]
+        return ((packed >> (place % 8)) & 1).bool().view(n, m)
+
+
+class Ragged(Wrapper):
+    def __init__(self, float_workspace_buffer, kv_layout="NHD", use_cuda_graph=False, backend="auto"):
+        self._start(float_workspace_buffer, kv_layout, use_cuda_graph, backend)
+
+    def plan(
+        self, qo_indptr, kv_indptr, num_qo_heads, num_kv_heads, head_dim_qk, head_dim_vo=None, causal=False,
+        window_left=-1, logits_soft_cap=None, sm_scale=None, q_data_type="float16", kv_data_type=None,
+    ):  # fmt: skip
+        self._note("plans", dict(locals()))
+        self._plan = dict(locals())
+
+    def run(self, q, k, v, *, out=None, return_lse=False):
+        a = self._plan
+        self._note("runs", dict(locals()))
+        assert q.shape[-1] == a["head_dim_qk"]
+        assert v.shape[-1] == a["head_dim_vo"]
+        assert q.dtype == a["q_data_type"]
+        out = torch.empty(*q.shape[:2], v.shape[-1], dtype=q.dtype) if out is None else out
+        lse = torch.empty(q.shape[:2])
+        for b in range(len(a["qo_indptr"]) - 1):
+            rows = slice(int(a["qo_indptr"][b]), int(a["qo_indptr"][b + 1]))
+            keys = slice(int(a["kv_indptr"][b]), int(a["kv_indptr"][b + 1]))
+            part, part_lse = attend(q[rows].double(), k[keys].double(), v[keys].double(), a, None, 1.0)
+            out[rows], lse[rows] = part.to(out.dtype), part_lse.float()
+        return (out, lse) if return_lse else out
+
+
+class MLA(Wrapper):
+    def __init__(
+        self, float_workspace_buffer, use_cuda_graph=False, qo_indptr=None, kv_indptr=None, kv_indices=None,
+        kv_len_arr=None, backend="auto",
+    ):  # fmt: skip
+        self._start(float_workspace_buffer, "", use_cuda_graph, backend)
+        self._indices_buf = kv_indices
+        self._planned_backend = None
+
+    def plan(
+        self, *, metadata, num_heads, head_dim_ckv, head_dim_kpe, page_size, causal, sm_scale, q_data_type,
+        kv_data_type, query_layout="packed", kv_cache_layout="packed", lse_mode="none",
+    ):  # fmt: skip
+        a = dict(locals())
+        self._note("plans", a)
+        assert (head_dim_ckv, head_dim_kpe) == (512, 64)
+        assert query_layout == kv_cache_layout == "split"
+        self._plan = a
+        if not self._use_cuda_graph:
+            self._indices_buf = metadata.kv_indices
+        wrapper = self
+
+        def plan(float_ws, int_ws, pinned, qo_indptr, kv_indptr, kv_len_arr, heads, head_dim_v, is_causal):
+            assert heads == num_heads
+            if is_causal and 64 % heads and heads != 128:
+                raise ValueError("MLA causal tile boundary is unsupported")
+            # the plan lies in the integer workspace, which another wrapper may share and overwrite
+            int_ws.tables = (qo_indptr.clone(), kv_indptr.clone(), kv_len_arr.clone())
+            return [heads, head_dim_v]
+
+        made = SimpleNamespace(
+            _cached_module=SimpleNamespace(plan=plan),
+            _float_workspace_buffer=self._float_workspace_buffer,
+            _int_workspace_buffer=torch.empty(8),
+            _pin_memory_int_workspace_buffer=torch.empty(8),
+            _causal=causal,
+        )
+        m = metadata
+        made._plan_info = plan(
+            None, made._int_workspace_buffer, None, m.qo_indptr, m.kv_indptr, m.kv_len_arr, num_heads, head_dim_ckv, causal
+        )
+        wrapper._planned_backend = made
+
+    def run(
+        self, *, query, kv_cache, out=None, return_lse=False, return_lse_base_on_e=False, ckv_scale=None, kpe_scale=None
+    ):
+        a = self._plan
+        self._note("runs", dict(locals()))
+        asked = ("basee" if return_lse_base_on_e else "base2") if return_lse else "none"
+        assert asked == a["lse_mode"], "LSE mode"
+        fp8 = a["kv_data_type"] == torch.float8_e4m3fn
+        assert fp8 == (ckv_scale is not None) == (kpe_scale is not None)
+        (q_nope, q_pe), (ckv, kpe) = query, kv_cache
+        assert q_nope.shape[1] == a["num_heads"]
+        qo_indptr, kv_indptr, lens = self._planned_backend._int_workspace_buffer.tables
+        out = torch.empty_like(q_nope) if out is None else out
+        lse = torch.empty(q_nope.shape[:2])
+        for b in range(len(lens)):
+            rows = slice(int(qo_indptr[b]), int(qo_indptr[b + 1]))
+            pages = self._indices_buf[int(kv_indptr[b]) : int(kv_indptr[b + 1])].long()
+            latent = ckv[pages].flatten(0, 1)[: int(lens[b])].double() * (ckv_scale or 1.0)
+            rope = kpe[pages].flatten(0, 1)[: int(lens[b])].double() * (kpe_scale or 1.0)
+            q = torch.cat([q_nope[rows], q_pe[rows]], -1).double()
+            k = torch.cat([latent, rope], -1)[:, None]
+            options = {"causal": a["causal"], "sm_scale": a["sm_scale"], "window_left": -1, "logits_soft_cap": 0.0}
+            part, part_lse = attend(q, k, latent[:, None], options, None, 1.0)
+            out[rows], lse[rows] = part.to(out.dtype), (part_lse * math.log(2)).float()
+        return (out, lse) if return_lse else out
+
+
+def attend(q, k, v, a, bits, k_scale):
+    """out [n, H, Dv] and lse [n, H] in base 2."""
+    n, m = q.shape[0], k.shape[0]
+    group = q.shape[1] // k.shape[1]
+    scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) * a["sm_scale"] * k_scale
+    if a["logits_soft_cap"]:
+        scores = a["logits_soft_cap"] * torch.tanh(scores / a["logits_soft_cap"])
+    place, key = torch.arange(n)[:, None], torch.arange(m)[None, :]
+    seen = torch.ones(n, m, dtype=torch.bool)
+    if bits is not None:
+        assert a["window_left"] == -1
+        seen = bits
+    elif a["causal"]:
+        seen = key + n <= m + place
+    if a["window_left"] >= 0:
+        seen = seen & (key + n + a["window_left"] >= m + place)
+    scores = scores.masked_fill(~seen, float("-inf"))
+    lse = torch.logsumexp(scores, -1) if m else torch.full(scores.shape[:2], float("-inf"), dtype=torch.float64)
+    weights = torch.where(scores == float("-inf"), 0.0, torch.exp(scores - lse[..., None]))
+    out = torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(group, 1))
+    return out, lse.T / math.log(2)

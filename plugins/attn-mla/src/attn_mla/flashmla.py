@@ -1,0 +1,99 @@
+"""The backend `flashmla`: FlashMLA's dense decode over pages of 64."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attn_core.errors import KernelError, PluginLoadError
+from attn_core.planning.config import AttentionConfig, Phase
+from attn_core.planning.reasons import Reason, reason
+from attn_core.runtime.kv_cache import KVCache
+from attn_core.runtime.layer import AttentionLayer
+from attn_mla.latent_decode import LatentDecodeBackend
+from attn_mla.latent_step import LatentStep
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """The two functions of ``flash_mla``, and the option that reaches the Hopper kernels where a fork asks for one."""
+
+    decode: Callable[..., tuple[Tensor, Tensor]]
+    new_schedule: Callable[..., tuple[Any, None]]
+    hopper: dict[str, bool]
+
+
+@cache
+def load() -> Library:
+    """The installed library. Raises PluginLoadError if it cannot be imported or is older than its schedule objects."""
+    try:
+        flash_mla = import_module("flash_mla")
+    except (ImportError, OSError) as error:
+        raise PluginLoadError(
+            f"flash_mla cannot be imported: {error}", hint="pip install sgl-flash-mla, for this Python and CUDA"
+        ) from error
+    decode, new_schedule = flash_mla.flash_mla_with_kvcache, flash_mla.get_mla_metadata
+    arguments = inspect.signature(decode).parameters
+    if "tile_scheduler_metadata" not in arguments or arguments["num_splits"].default is inspect.Parameter.empty:
+        raise PluginLoadError(
+            "this flash_mla wants its schedule as two tensors",
+            accepted="a version whose get_mla_metadata() gives one schedule object",
+            hint="pip install 'sgl-flash-mla>=1.0.0'",
+        )
+    return Library(decode, new_schedule, {"use_legacy": True} if "use_legacy" in arguments else {})
+
+
+class FlashMLABackend(LatentDecodeBackend):
+    """FlashMLA dense decode. The tile schedule is made once a step by the first layer, and shared by the others."""
+
+    name = "flashmla"
+
+    def __init__(self, config: AttentionConfig, kv_cache: KVCache) -> None:
+        super().__init__(config, kv_cache)
+        self._library = load()
+
+    @classmethod
+    def build_reasons(cls, config: AttentionConfig, phase: Phase) -> Sequence[Reason]:
+        """The fork keeps the Hopper kernels in a second extension, which a build can leave out."""
+        has_legacy = getattr(import_module("flash_mla"), "has_legacy", None)
+        if has_legacy is None or has_legacy():
+            return ()
+        have = "a build without FLASH_MLA_BUILD_LEGACY"
+        return (reason("build_unsupported", "flash_mla", "dense decode on Hopper", have, "install sgl-flash-mla's wheel"),)
+
+    def attend(
+        self, q: Tensor, layer: AttentionLayer, step: LatentStep, return_lse: bool, out: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        schedule = step.once(layer.num_q_heads, layer.layer_id, lambda: self._library.new_schedule()[0])
+        try:
+            found, lse = self._library.decode(
+                q,
+                self.kv_cache.k_nhd(layer.layer_id),
+                block_table=step.page_table,
+                cache_seqlens=step.seq_lens,
+                head_dim_v=layer.v_head_dim,
+                tile_scheduler_metadata=schedule,
+                softmax_scale=layer.scale,
+                causal=step.query_len > 1,
+                is_fp8_kvcache=False,
+                **self._library.hopper,
+            )
+        except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+            raise KernelError(
+                f"FlashMLA, layer {layer.layer_id}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+                hint="the cause is the library's own error; `attn verify flashmla` shows whether this installation works",
+            ) from error
+        return found, _natural(lse) if return_lse else None
+
+
+def _natural(lse: Tensor) -> Tensor:
+    """[B, H, S] as [B * S, H]; the library writes +inf for a row without keys, the contract says -inf."""
+    lse = lse.transpose(1, 2).flatten(0, 1)
+    return torch.where(lse == float("inf"), float("-inf"), lse)

@@ -1,0 +1,90 @@
+"""What the two decode-only backends share: the step, the cache write, the graphs; each adds its library's one call."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from attn_core.errors import BatchError
+from attn_core.planning.config import AttentionConfig
+from attn_core.runtime.backend import AttentionBackend
+from attn_core.runtime.batch import ForwardBatch
+from attn_core.runtime.kv_cache import KVCache
+from attn_core.runtime.layer import AttentionLayer
+from attn_mla.latent_step import LatentGraphBuffers, LatentStep
+
+
+class LatentDecodeBackend(AttentionBackend):
+    """Decode and chain verify over the paged latent, for libraries that take one number of new tokens a request."""
+
+    cuda_graph_seq_len_fill_value = 1
+
+    def __init__(self, config: AttentionConfig, kv_cache: KVCache) -> None:
+        super().__init__(config, kv_cache)
+        self._graphs: LatentGraphBuffers | None = None
+
+    @abstractmethod
+    def attend(
+        self, q: Tensor, layer: AttentionLayer, step: LatentStep, return_lse: bool, out: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """q [B, query_len, Hq, 576] -> out [B, query_len, Hq, 512] and, if wanted, lse [T, Hq], natural log, fp32."""
+
+    def init_forward_metadata(self, batch: ForwardBatch) -> None:
+        batch.plan_state = LatentStep.of(batch, name=self.name)
+
+    def init_cuda_graph_state(self, max_batch_size: int, max_num_tokens: int) -> None:
+        self._graphs = LatentGraphBuffers(self.config, self.kv_cache, max_batch_size)
+
+    def init_forward_metadata_capture_cuda_graph(self, batch: ForwardBatch) -> None:
+        batch.plan_state = LatentStep.of(self._graph_buffers().capture(batch), name=self.name, in_graph=True)
+
+    def init_forward_metadata_replay_cuda_graph(self, batch: ForwardBatch) -> None:
+        self._graph_buffers().refill(batch)
+
+    def _graph_buffers(self) -> LatentGraphBuffers:
+        if self._graphs is None:
+            raise BatchError("no graph state", hint="call init_cuda_graph_state first")
+        return self._graphs
+
+    def forward_decode(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        layer: AttentionLayer,
+        batch: ForwardBatch,
+        *,
+        save_kv_cache: bool = True,
+        return_lse: bool = False,
+        out: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if save_kv_cache and k is not None:
+            self.kv_cache.write(layer, batch.slot_mapping, k, v)
+        if not q.shape[0]:
+            empty = q.new_empty(0, layer.num_q_heads, layer.v_head_dim)
+            return (empty, q.new_empty(0, layer.num_q_heads, dtype=torch.float32)) if return_lse else empty
+        step: LatentStep = batch.plan_state
+        found, lse = self.attend(q.unflatten(0, (-1, step.query_len)), layer, step, return_lse, out)
+        rows = found.flatten(0, 1)
+        if out is not None and rows.data_ptr() != out.data_ptr():
+            rows = out.copy_(rows)
+        elif out is not None:
+            rows = out
+        return (rows, lse) if lse is not None else rows
+
+    def forward_extend(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        layer: AttentionLayer,
+        batch: ForwardBatch,
+        *,
+        save_kv_cache: bool = True,
+        return_lse: bool = False,
+        out: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """A chain of drafts; `init_forward_metadata` has refused every other mode."""
+        return self.forward_decode(q, k, v, layer, batch, save_kv_cache=save_kv_cache, return_lse=return_lse, out=out)
