@@ -39,14 +39,14 @@ IN_PLACE_GROUP: Final = 8
 class Blocks:
     """Keys of B requests in n blocks of ``width`` tokens: a request's blocks follow each other.
 
-    ``owner`` [n]: the request. ``pages``, ``offsets`` [n, width]: where each key is; beyond a request's end its last key
-    is named again, and ``hidden`` [n, 1, 1, width] is True there.
+    ``owner`` [n]: the request. ``pages``, ``offsets`` [n, width]: where each key is; beyond a request's end its last
+    key is named again, so that nothing else is read, and ``shown`` [n, 1, 1, width] fp32 is 0 instead of 1.
     """
 
     owner: Tensor
     pages: Tensor
     offsets: Tensor
-    hidden: Tensor
+    shown: Tensor
     num_requests: int
     rows: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
     bags: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -63,15 +63,15 @@ class Blocks:
         number = torch.arange(owner.shape[0]) - (counts.cumsum(0) - counts)[owner]
         positions = (first[owner] + number * width)[:, None] + torch.arange(width)
         end = lens[owner][:, None]
-        hidden = positions >= end
+        shown = (positions < end).float()
         positions = torch.minimum(positions, end - 1)
         pages = page_table[owner[:, None], positions // page_size]
-        return cls(owner, pages, positions % page_size, hidden[:, None, None], lens.shape[0])
+        return cls(owner, pages, positions % page_size, shown[:, None, None], lens.shape[0])
 
     def part(self, first: int, last: int) -> Blocks:
         """The blocks ``first`` to ``last - 1``."""
         cut = slice(first, last)
-        return Blocks(self.owner[cut], self.pages[cut], self.offsets[cut], self.hidden[cut], self.num_requests)
+        return Blocks(self.owner[cut], self.pages[cut], self.offsets[cut], self.shown[cut], self.num_requests)
 
     @property
     def count(self) -> int:
@@ -149,7 +149,7 @@ def _attend_blocks(q: Tensor, layer: AttentionLayer, kv_cache: KVCache, blocks: 
 
 
 def _scores(q: Tensor, layer: AttentionLayer, kv_cache: KVCache, blocks: Blocks) -> Tensor:
-    """[n, Hkv, G, width] fp32, scaled and capped, -inf where hidden."""
+    """[n, Hkv, G, width] fp32, scaled and capped."""
     pool = kv_cache.k_nhd(layer.layer_id)
     table = RowTable.of(pool)
     kv_heads, group = layer.num_kv_heads, layer.group_size
@@ -157,11 +157,11 @@ def _scores(q: Tensor, layer: AttentionLayer, kv_cache: KVCache, blocks: Blocks)
     scores = torch.empty(blocks.count, kv_heads, group, blocks.width)
     for cut, rows in _gathered(table, pool.dtype, blocks):
         torch.bmm(queries[cut].flatten(0, 1), rows.transpose(1, 2), out=scores[cut].flatten(0, 1))
-    return cap(scores, layer.softcap).masked_fill_(blocks.hidden, NEG_INF)
+    return cap(scores, layer.softcap)
 
 
 def _gathered(table: RowTable, dtype: torch.dtype, blocks: Blocks) -> Iterator[tuple[slice, Tensor]]:
-    """Some blocks at a time, with their rows [blocks * H, width, D] in fp32, unscaled; a buffer that is filled again."""
+    """Some blocks at a time, with their rows [blocks * H, width, D] in fp32, unscaled; the buffer is filled again."""
     index = blocks.rows_of(table)
     heads, dim = table.heads, table.rows.shape[1]
     at_once = max(1, GATHER_BYTES // (heads * blocks.width * dim * 4))
@@ -176,11 +176,14 @@ def _gathered(table: RowTable, dtype: torch.dtype, blocks: Blocks) -> Iterator[t
 
 
 def _softmax(scores: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
-    """Turn ``scores`` [n, Hkv, G, width] into e^(score - top) in place; per request top and total [B, Hkv, G, 1]."""
+    """Turn ``scores`` [n, Hkv, G, width] into e^(score - top) in place, 0 where not shown.
+
+    Returns top and total of each request, [B, Hkv, G, 1].
+    """
     shape = (blocks.num_requests, *scores.shape[1:3], 1)
     owner = blocks.owner[:, None, None, None].expand(-1, *shape[1:])
     top = scores.new_full(shape, NEG_INF).scatter_reduce_(0, owner, scores.amax(-1, keepdim=True), "amax")
-    scores.sub_(top[blocks.owner]).exp_()
+    scores.sub_(top[blocks.owner]).exp_().mul_(blocks.shown)
     return top, scores.new_zeros(shape).index_add_(0, blocks.owner, scores.sum(-1, keepdim=True))
 
 
