@@ -1,0 +1,97 @@
+"""New keys and values into their slots of the paged cache, both in one launch; and the copies that a graph replay needs."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def stored(x, scale, LIMIT: tl.constexpr, DTYPE: tl.constexpr):
+    """What the cache stores of x: x / scale, saturated, in an fp8 cache (LIMIT is its largest number); else x."""
+    if LIMIT > 0:
+        x = tl.div_rn(x.to(tl.float32), scale)
+        x = tl.clamp(x, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def write_one(
+    SOURCE, POOL, tokens, live, page, place, scale, source_token, source_head, D: tl.constexpr, PADDED: tl.constexpr, HKV: tl.constexpr,
+    HEADS: tl.constexpr, POOL_PAGE: tl.constexpr, POOL_TOKEN: tl.constexpr, POOL_HEAD: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """Rows of all heads of ``tokens`` to (page, place) of the pool."""
+    h = tl.arange(0, HEADS)
+    c = tl.arange(0, PADDED)
+    keep = live[:, None, None] & (h < HKV)[None, :, None] & (c < D)[None, None, :]
+    source = (tokens.to(tl.int64) * source_token)[:, None, None] + (h * source_head)[None, :, None] + c[None, None, :]
+    x = tl.load(SOURCE + source, mask=keep)
+    at = (page * POOL_PAGE + place * POOL_TOKEN)[:, None, None] + (h * POOL_HEAD)[None, :, None] + c[None, None, :]
+    tl.store(POOL + at, stored(x, scale, LIMIT, POOL.dtype.element_ty), mask=keep)
+
+
+@triton.jit(do_not_specialize=["count", "k_scale", "v_scale", "k_token", "k_head", "v_token", "v_head"])
+def write_kernel(
+    K,
+    V,
+    SLOTS,
+    K_POOL,
+    V_POOL,
+    count,
+    k_scale,
+    v_scale,
+    k_token,
+    k_head,
+    v_token,
+    v_head,
+    TOKENS: tl.constexpr,
+    HKV: tl.constexpr,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    DV: tl.constexpr,
+    V_PADDED: tl.constexpr,
+    HAS_V: tl.constexpr,
+    PAGE: tl.constexpr,
+    K_PAGE: tl.constexpr,
+    K_TOKEN: tl.constexpr,
+    K_HEAD: tl.constexpr,
+    V_PAGE: tl.constexpr,
+    V_TOKEN: tl.constexpr,
+    V_HEAD: tl.constexpr,
+    LIMIT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (count / TOKENS). A slot of -1 is not written."""
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    slot = tl.load(SLOTS + tokens, mask=tokens < count, other=-1)
+    live = slot >= 0
+    page = slot // PAGE
+    place = slot % PAGE
+    write_one(
+        K, K_POOL, tokens, live, page, place, k_scale, k_token, k_head, D, D_PADDED, HKV, HEADS, K_PAGE, K_TOKEN, K_HEAD, LIMIT
+    )  # fmt: skip
+    if HAS_V:
+        write_one(
+            V, V_POOL, tokens, live, page, place, v_scale, v_token, v_head, DV, V_PADDED, HKV, HEADS, V_PAGE, V_TOKEN, V_HEAD, LIMIT
+        )  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit(do_not_specialize=["batch", "from_stride", "to_stride"])
+def copy_pages_kernel(LENGTHS, FROM, TO, batch, from_stride, to_stride, PAGE: tl.constexpr, CHUNK: tl.constexpr):
+    """The page ids that the requests' lengths need, row by row. Grid (batch): its size does not depend on the context."""
+    b = tl.program_id(0)
+    pages = (tl.load(LENGTHS + b) + PAGE - 1) // PAGE
+    for i in range(0, pages, CHUNK):
+        at = i + tl.arange(0, CHUNK)
+        ids = tl.load(FROM + b.to(tl.int64) * from_stride + at, mask=at < pages)
+        tl.store(TO + b.to(tl.int64) * to_stride + at, ids, mask=at < pages)
+
+
+@triton.jit(do_not_specialize=["q"])
+def tree_depth_kernel(TREE_MASK, DEPTHS, q, Q_PADDED: tl.constexpr):
+    """DEPTHS [B, q]: how many ancestors each draft token has. Grid (B * q)."""
+    row = tl.program_id(0)
+    c = tl.arange(0, Q_PADDED)
+    bits = tl.load(TREE_MASK + row.to(tl.int64) * q + c, mask=c < q, other=0)
+    tl.store(DEPTHS + row, tl.sum((bits != 0).to(tl.int32), 0) - 1)

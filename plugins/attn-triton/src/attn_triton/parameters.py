@@ -1,0 +1,109 @@
+"""Launch parameters of the attention kernels: a committed table by architecture and shape class, and a default for the rest."""
+
+from __future__ import annotations
+
+import functools
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, Literal
+
+from attn_core.planning.claims import ArchSpec
+from attn_triton.chip import Chip
+from attn_triton.geometry import Geometry, power_of_two_from
+
+Load = Literal["few", "many"]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTile:
+    """``block_m`` rows and ``block_n`` keys a block; ``per_sm`` programs are resident on a multiprocessor."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    per_sm: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExtendTile:
+    """``block_m`` rows, ``block_n`` keys a tile; ``by_head``: row blocks of one KV head side by side, else longest first."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    by_head: bool
+
+
+def decode_tile(chip: Chip, geometry: Geometry, rows: int, load: Load) -> DecodeTile:
+    """For ``rows`` query rows a request and KV head: (tokens x group)."""
+    found = _find("decode", chip, geometry, rows, load)
+    block_m = min(64, power_of_two_from(max(16, rows)))
+    if found is not None:
+        return DecodeTile(block_m, found["block_n"], found["warps"], found["stages"], found["per_sm"])
+    return _default_decode(chip, geometry, block_m)
+
+
+def extend_tile(chip: Chip, geometry: Geometry, rows: int) -> ExtendTile:
+    """For at most ``rows`` query rows a request and KV head; rows only ever lower ``block_m``."""
+    found = _find("extend", chip, geometry, rows, None)
+    if found is None:
+        tile = _default_extend(chip, geometry)
+    else:
+        tile = ExtendTile(found["block_m"], found["block_n"], found["warps"], found["stages"], found["by_head"])
+    return tile
+
+
+def _default_decode(chip: Chip, geometry: Geometry, block_m: int) -> DecodeTile:
+    """The largest block that leaves room for what the pipeline holds; wide accumulators get more warps."""
+    row_bytes = sum(geometry.k_parts) * geometry.dtype.itemsize
+    wide = block_m * sum(geometry.v_parts) > 64 * 128
+    for block_n, stages in ((64, 3), (64, 2), (32, 3), (32, 2), (16, 2), (16, 1)):
+        if stages * block_n * geometry.key_bytes + block_m * row_bytes <= 0.8 * chip.shared_memory:
+            return DecodeTile(block_m, block_n, 8 if wide else 4, stages, 1)
+    return DecodeTile(16, 16, 8 if wide else 4, 1, 1)
+
+
+def _default_extend(chip: Chip, geometry: Geometry) -> ExtendTile:
+    row_bytes = sum(geometry.k_parts) * geometry.dtype.itemsize
+    width = max(sum(geometry.k_parts), sum(geometry.v_parts))
+    if geometry.dtype.itemsize == 4:  # no tensor cores for exact fp32
+        candidates = ((32, 32, 4, 2), (32, 16, 4, 2), (16, 16, 4, 1))
+    elif width > 256:
+        candidates = ((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1))
+    elif width > 128:
+        candidates = ((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1))
+    else:
+        candidates = ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1))
+    for block_m, block_n, warps, stages in candidates:
+        if stages * block_n * geometry.key_bytes + block_m * row_bytes <= 0.8 * chip.shared_memory:
+            return ExtendTile(block_m, block_n, warps, stages, True)
+    return ExtendTile(16, 16, 4, 1, True)
+
+
+def _find(table: str, chip: Chip, geometry: Geometry, rows: int, load: Load | None) -> Mapping[str, Any] | None:
+    facts = {
+        "kind": "mla" if geometry.values_in_keys else "mha",
+        "item_bytes": geometry.dtype.itemsize,
+        "cache_bytes": geometry.kv_dtype.itemsize,
+        "load": load,
+    }
+    width = max(geometry.qk_dim, geometry.v_dim)
+    for arch, entry in _tables()[table]:
+        fits = all(entry[name] == value for name, value in facts.items() if name in entry)
+        fits = fits and width <= entry.get("max_width", width) and rows <= entry.get("max_rows", rows)
+        if fits and arch.allows(chip.arch):
+            return entry
+    return None
+
+
+@functools.cache
+def _tables() -> Mapping[str, tuple[tuple[ArchSpec, Mapping[str, Any]], ...]]:
+    text = resources.files(__package__).joinpath("parameters.toml").read_text()
+    return {
+        name: tuple((ArchSpec.parse(entry["arch"]), entry) for entry in entries)
+        for name, entries in tomllib.loads(text).items()
+    }

@@ -1,0 +1,75 @@
+"""Storing new keys and values in the cache: one launch for both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from attn_core.errors import BatchError
+from attn_triton.geometry import Geometry, power_of_two_from
+from attn_triton.kernels.write import write_kernel
+from attn_triton.kinds import BoundLayer
+from attn_triton.launch import Bound, Launchers
+
+# Positions of the arguments that change from layer to layer.
+K, V, K_POOL, V_POOL = 0, 1, 3, 4
+K_SCALE, V_SCALE, K_TOKEN, K_HEAD, V_TOKEN, V_HEAD = 6, 7, 8, 9, 10, 11
+#: Elements of keys that one program stores.
+PROGRAM_ELEMENTS = 2048
+
+
+@dataclass(slots=True, eq=False)
+class BoundWrite:
+    """The write of layers of one geometry to the same slots, ready to launch."""
+
+    bound: Bound
+    grid: int
+
+    def run(self, k: Tensor, v: Tensor | None, layer: BoundLayer) -> None:
+        """Store k [T, Hkv, Dk] and v [T, Hkv, Dv] (None for MLA) at the slots this was bound to."""
+        bound, values = self.bound, k if v is None else v
+        bound.put(K, k)
+        bound.put(V, values)
+        bound.put(K_POOL, layer.k_pool)
+        bound.put(V_POOL, layer.v_pool)
+        k_strides, v_strides = k.stride(), values.stride()
+        bound.set(K_SCALE, float(layer.layer.k_scale))
+        bound.set(V_SCALE, float(layer.layer.v_scale))
+        bound.set(K_TOKEN, k_strides[0])
+        bound.set(K_HEAD, k_strides[1])
+        bound.set(V_TOKEN, v_strides[0])
+        bound.set(V_HEAD, v_strides[1])
+        bound.launch(self.grid)
+
+
+def bind_write(
+    launchers: Launchers, layer: BoundLayer, k: Tensor, v: Tensor | None, slots: Tensor
+) -> BoundWrite:
+    """The write of layers like ``layer`` to ``slots`` [T] int64; k and v give the dtypes."""
+    geometry = layer.kind.geometry
+    heads = power_of_two_from(geometry.num_kv_heads)
+    padded, v_padded = power_of_two_from(geometry.qk_dim), power_of_two_from(geometry.v_dim)
+    tokens = max(1, min(16, PROGRAM_ELEMENTS // (heads * padded)))
+    constants = {
+        **geometry.pool_constants(), "TOKENS": tokens, "HKV": geometry.num_kv_heads, "HEADS": heads, "D": geometry.qk_dim,
+        "D_PADDED": padded, "DV": geometry.v_dim, "V_PADDED": v_padded, "HAS_V": v is not None, "LIMIT": geometry.fp8_limit,
+        "PDL": launchers.dependent,
+    }  # fmt: skip
+    values = k if v is None else v
+    launcher = launchers.get(write_kernel, constants, {"num_warps": 4}, (k.dtype, values.dtype, geometry.kv_dtype))
+    args = [k, values, slots, layer.k_pool, layer.v_pool, slots.shape[0], 1.0, 1.0, 0, 0, 0, 0]
+    return BoundWrite(Bound(launcher, args, moving=(K, V, K_POOL, V_POOL)), -(-slots.shape[0] // tokens))
+
+
+def check_rows(k: Tensor, v: Tensor | None, geometry: Geometry, slots: Tensor) -> None:
+    """Raise BatchError unless k and v are rows that the slots can take."""
+    heads, count = geometry.num_kv_heads, slots.shape[0]
+    wanted_v = None if geometry.values_in_keys else (count, heads, geometry.v_dim)
+    given_v = None if v is None else tuple(v.shape)
+    fits = tuple(k.shape) == (count, heads, geometry.qk_dim) and (given_v == wanted_v or wanted_v is None)
+    if not fits or k.stride(-1) != 1 or (v is not None and v.stride(-1) != 1):
+        raise BatchError(
+            f"k {tuple(k.shape)} and v {given_v} for {count} slots",
+            accepted=f"{(count, heads, geometry.qk_dim)} and {wanted_v}, the last dimension contiguous",
+        )
