@@ -40,8 +40,10 @@ def command(
     from attn_core.bench.run import measure, results
     from attn_core.bench.shapes import CPU_SHAPES, SHAPES
     from attn_core.errors import PlanError
+    from attn_core.generate.session import set_threads
     from attn_core.planning.system import detect
 
+    set_threads()
     system = detect()
     device = device or ("cuda" if system.device == "rocm" else system.device)
     shapes: dict[str, Shape] = {**SHAPES, **CPU_SHAPES}

@@ -35,7 +35,7 @@ class Progress:
         """Take the bar away: other things are written now."""
         if self._bars is not None:
             self._bars.stop()
-        self._bars = self._what = None
+            self._bars = self._what = None
 
     def __enter__(self) -> Self:
         return self

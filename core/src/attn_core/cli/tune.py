@@ -23,9 +23,11 @@ def command(model: str, seconds: float, as_json: bool, **serving: Any) -> None:
 
     MODEL is a preset, a config.json, or the folder of a model.
     """
+    from attn_core.generate.session import set_threads
     from attn_core.planning.presets import config_for
     from attn_core.tune import tune
 
+    set_threads()
     config = config_for(model, **{name: value for name, value in serving.items() if value is not None})
     timings = tune(config, seconds=seconds, progress=note)
     if as_json:

@@ -43,8 +43,10 @@ def command(
 
     Prints a table of features; exits with 1 if a claim is false.
     """
+    from attn_core.generate.session import set_threads
     from attn_core.testing.runner import verify
 
+    set_threads()
     with Progress() as progress:
 
         def on_case(done: int, total: int, result: Result) -> None:
