@@ -26,6 +26,7 @@ from attn_core.cli.group import attn
 from attn_core.cli.matrix import workspace_distributions
 from attn_core.cli.new import render
 from attn_core.planning import config, manifest, reasons
+from attn_core.planning.discovery import discover
 from attn_core.runtime import backend, batch, kv_cache, layer
 
 DOCS: Final = Path(__file__).parent
@@ -254,9 +255,11 @@ def _printed(command: str) -> str:
     name, *arguments = shlex.split(command)
     assert name == "attn", command
     environment = {key: value for key, value in os.environ.items() if not key.startswith("ATTN_")}
+    found = discover()
+    here = {item.dist for item in (*found.backends, *found.problems)} & workspace_distributions()
     environment |= {
         "ATTN_FORCE_SYSTEM": "cpu",
-        "ATTN_PLUGINS": ",".join(workspace_distributions()),
+        "ATTN_PLUGINS": ",".join(sorted(here)),
         "ATTN_CACHE_DIR": str(DOCS / "no-measured-times"),
     }
     done = subprocess.run(
