@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +21,12 @@ from attn_core.runtime.batch import ForwardBatch, ForwardMode, slots_of
 from attn_core.runtime.kv_cache import KVCache
 from attn_core.runtime.layer import AttentionLayer
 from attn_core.runtime.torch_native.backend import TorchNativeBackend
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 Change = Callable[[AttentionLayer], AttentionLayer]
 Spans = list[list[tuple[int, int]]]
@@ -173,3 +179,23 @@ def sequences() -> list[list[int]]:
 @pytest.fixture
 def steps() -> list[list[int]]:
     return STEPS
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of a tiny random llama whose tokens are bytes, and one end token; context 512."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=257, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2, bos_token_id=None, eos_token_id=256,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    vocabulary = {token: i for i, token in enumerate(sorted(ByteLevel.alphabet()))}
+    backend = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = ByteLevelDecoder()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+    assert tokenizer.eos_token_id == 256
+    tokenizer.save_pretrained(folder)
+    return folder

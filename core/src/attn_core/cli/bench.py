@@ -40,8 +40,8 @@ def command(
     from attn_core.bench.run import measure, results
     from attn_core.bench.shapes import CPU_SHAPES, SHAPES
     from attn_core.errors import PlanError
-    from attn_core.generate.session import set_threads
     from attn_core.planning.system import detect
+    from attn_core.runtime.threads import set_threads
 
     set_threads()
     system = detect()

@@ -75,7 +75,8 @@ def command(
 def _queue(given: dict[str, Any], backends: Any, progress: Progress) -> Queue:
     progress("loading libraries", 0, 1)
     from attn_core.generate.loading import suggested_sampling
-    from attn_core.generate.session import Queue, ServingOptions, set_threads
+    from attn_core.generate.session import Queue, ServingOptions
+    from attn_core.runtime.threads import set_threads
 
     set_threads()
     serving = {name: value for name, value in given.items() if value is not None}

@@ -23,8 +23,8 @@ def command(model: str, seconds: float, as_json: bool, **serving: Any) -> None:
 
     MODEL is a preset, a config.json, or the folder of a model.
     """
-    from attn_core.generate.session import set_threads
     from attn_core.planning.presets import config_for
+    from attn_core.runtime.threads import set_threads
     from attn_core.tune import tune
 
     set_threads()

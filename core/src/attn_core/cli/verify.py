@@ -43,7 +43,7 @@ def command(
 
     Prints a table of features; exits with 1 if a claim is false.
     """
-    from attn_core.generate.session import set_threads
+    from attn_core.runtime.threads import set_threads
     from attn_core.testing.runner import verify
 
     set_threads()

@@ -5,7 +5,6 @@ What can be refused is refused before weights are loaded: an unknown model or dt
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -33,7 +32,6 @@ TORCH_DEVICES: Final[Mapping[str, str]] = {"cpu": "cpu", "cuda": "cuda", "rocm":
 DEFAULT_CACHE_MIB: Final = {"cpu": 64}
 DEFAULT_CACHE_MIB_ELSEWHERE: Final = 1024
 MIB: Final = 2**20
-THREADS_VARIABLE: Final = "ATTN_NUM_THREADS"
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,22 +196,6 @@ def allocate(config: AttentionConfig, count: int, device: str) -> KVCache:
             f"a cache of {mib:.0f} MiB cannot be allocated on {device}: {str(error).splitlines()[0]}",
             hint="a smaller --cache-mib",
         ) from error
-
-
-def set_threads() -> None:
-    """As many threads as ATTN_NUM_THREADS says; else one on a machine of up to two cores.
-
-    There a second thread, which spins while it waits, takes the core from everything else: much slower when the machine
-    is busy, hardly faster when it is idle. Raises UsageError for a variable that is no number.
-    """
-    named = os.environ.get(THREADS_VARIABLE)
-    if named is None:
-        if (os.cpu_count() or 1) <= 2:
-            torch.set_num_threads(1)
-    elif named.isdigit() and int(named) > 0:
-        torch.set_num_threads(int(named))
-    else:
-        raise UsageError(f"{THREADS_VARIABLE} is {named!r}", given=named, accepted="an integer from 1")
 
 
 def _module(name: str) -> Any:
