@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 from attn_core.planning.claims import ANY_ARCH, NO_PAGES, ArchSpec, HeadDims, PageRule, PageSet, Widths, normal_arch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 
@@ -112,12 +112,14 @@ page_sets = st.lists(
 ).map(lambda groups: PageSet(tuple(groups)))
 
 
+@settings(deadline=None)
 @given(page_sets, page_sets, st.integers(1, 130))
 def test_union_and_intersection_are_those_of_sets(a: PageSet, b: PageSet, n: int) -> None:
     assert (a & b).allows(n) == (a.allows(n) and b.allows(n))
     assert (a | b).allows(n) == (a.allows(n) or b.allows(n))
 
 
+@settings(deadline=None)
 @given(page_sets, st.integers(1, 128))
 def test_the_largest_divisor_is_native_and_no_larger_one_is(pages: PageSet, n: int) -> None:
     divisors = [d for d in range(1, n + 1) if n % d == 0 and pages.allows(d)]

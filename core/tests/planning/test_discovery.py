@@ -149,6 +149,14 @@ def test_the_first_of_a_distribution_on_the_path_hides_the_others(site: Site, tm
     assert found.problems == ()
 
 
+def test_what_pip_could_not_remove_claims_nothing(site: Site) -> None:
+    site.wheel("fast")
+    rest = site.folder / "~ttn_fast-1.2.2.dist-info"
+    rest.mkdir()
+    (rest / "entry_points.txt").write_text("[attn.backends]\nfast = attn_fast.backend:Backend\n")
+    assert site.discover().names == ("fast",)
+
+
 @pytest.mark.parametrize(
     ("entry", "words"),
     [

@@ -11,7 +11,7 @@ from attn_core.planning.config import FEATURES, AttentionConfig, LayerKind, Phas
 from attn_core.planning.manifest import Manifest
 from attn_core.planning.reasons import CODES, LAYERS, Decision, Reason, availability, evaluate, reason
 from attn_core.planning.system import System
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from .building import BLACKWELL, CPU, HOPPER, MHA, MLA, TOWER, clause, config, manifest, mla_clause
@@ -378,6 +378,7 @@ clauses = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(clauses, min_size=1, max_size=3), configs, st.sampled_from(["prefill", "decode", "verify"]))
 def test_every_decision_is_pure_and_total(made: list[dict[str, Any]], wanted: AttentionConfig, phase: Phase) -> None:
     parsed = manifest("one", *made)

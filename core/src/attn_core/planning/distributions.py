@@ -41,7 +41,8 @@ def scan(path: Sequence[str] | None = None) -> dict[str, Distribution]:
         except OSError:  # not there, not a folder (a zip), or not ours to read: nothing can be imported from it either
             continue
         for entry in entries:
-            if entry.endswith((".dist-info", ".egg-info")):
+            # what begins with ~ is the rest of a distribution that pip could not remove
+            if entry.endswith((".dist-info", ".egg-info")) and not entry.startswith("~"):
                 distribution = _distribution(folder, entry)
                 if distribution is not None:
                     found.setdefault(distribution.name, distribution)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 _RELEASE_END: Final = 1 << 62
+_BEFORE_ALPHA: Final = (-1, 0)
+_FINAL: Final = (9, 0)
 _PRE_LETTERS: Final = {"a": 0, "alpha": 0, "b": 1, "beta": 1, "c": 2, "rc": 2, "pre": 2, "preview": 2}
 _VERSION: Final = re.compile(
     r"v?(?:(?P<epoch>\d+)!)?(?P<release>\d+(?:\.\d+)*)"
@@ -46,9 +48,9 @@ class Version:
         if part["pre"] is not None:
             pre = (_PRE_LETTERS[part["pre"]], int(part["pre_n"] or 0))
         elif part["dev"] is not None and not is_post:
-            pre = (-1, 0)  # 1.0.dev1 comes before 1.0a1
+            pre = _BEFORE_ALPHA  # 1.0.dev1 comes before 1.0a1
         else:
-            pre = (9, 0)
+            pre = _FINAL
         return cls(
             epoch=int(part["epoch"] or 0),
             release=_without_zeros(tuple(map(int, part["release"].split(".")))),
@@ -60,17 +62,12 @@ class Version:
     @property
     def is_prerelease(self) -> bool:
         """Alpha, beta, candidate or development release."""
-        return self.pre != (9, 0) or self.dev != _RELEASE_END
+        return self.pre != _FINAL or self.dev != _RELEASE_END
 
     @property
     def is_postrelease(self) -> bool:
         """Published after the release of the same number."""
         return self.post >= 0
-
-    @property
-    def base(self) -> tuple[int, tuple[int, ...]]:
-        """Epoch and release alone."""
-        return self.epoch, self.release
 
 
 def _without_zeros(release: tuple[int, ...]) -> tuple[int, ...]:
@@ -132,16 +129,29 @@ def _holds(version: Version, text: str, operator: str, bound: str) -> bool:
         case "<=":
             return version <= limit
         case "<":
-            # "<2" leaves out 2.0rc1 as well (PEP 440, exclusive ordered comparison)
-            return version < limit and (limit.is_prerelease or not version.is_prerelease or version.base != limit.base)
+            return version < _earliest(limit)
         case ">":
-            return version > limit and (
-                limit.is_postrelease or not version.is_postrelease or version.base != limit.base
-            )
+            return _is_after(version, limit)
         case _:  # ~=
             family = re.match(r"(?:\d+!)?\d+(?:\.\d+)*", bound.lower().removeprefix("v"))
             assert family is not None  # checked by Specifier.parse
             return version >= limit and _equals(version, text, family[0].rpartition(".")[0] + ".*")
+
+
+def _earliest(limit: Version) -> Version:
+    """Where "<" ends: "<2" leaves out 2.0rc1 and 2.0.dev1 too, unless the bound is itself a pre-release (PEP 440)."""
+    if limit.is_prerelease:
+        return limit
+    return replace(limit, pre=limit.pre if limit.is_postrelease else _BEFORE_ALPHA, dev=0)
+
+
+def _is_after(version: Version, limit: Version) -> bool:
+    """Whether ">" holds: ">1.0" leaves out every 1.0.postN, unless the bound is itself one (PEP 440)."""
+    if limit.dev != _RELEASE_END:
+        return version > limit
+    if limit.is_postrelease:
+        return version >= replace(limit, post=limit.post + 1, dev=0)
+    return version > limit and (version.epoch, version.release, version.pre) != (limit.epoch, limit.release, limit.pre)
 
 
 def _equals(version: Version, text: str, bound: str) -> bool:
