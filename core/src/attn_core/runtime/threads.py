@@ -15,8 +15,8 @@ THREADS_VARIABLE: Final = "ATTN_NUM_THREADS"
 def set_threads() -> None:
     """As many threads as ATTN_NUM_THREADS says; else one on a machine of up to two cores, torch's choice on others.
 
-    With two cores a second thread, which spins while it waits, takes the core from everything else: much slower when the
-    machine is busy, hardly faster when it is idle. Raises UsageError for a variable that is no number from 1.
+    With two cores a second thread, which spins while it waits, takes the core from everything else: much slower when
+    the machine is busy, hardly faster when it is idle. Raises UsageError for a variable that is no number from 1.
     """
     named = os.environ.get(THREADS_VARIABLE)
     if named is None:
