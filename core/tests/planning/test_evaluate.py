@@ -44,7 +44,7 @@ KV8 = replace(MHA, num_q_heads=64, num_kv_heads=4)
     [
         ({"device": "rocm"}, config(), "device_mismatch", "device", "cuda"),
         ({"arch": "<sm_90"}, config(), "arch_mismatch", "arch", "sm_90"),
-        ({"head_dims": "any"}, config(MLA), "kind_unsupported", "kind", "mla"),
+        ({}, config(MLA), "kind_unsupported", "kind", "mla"),
         ({"phases": ["prefill"]}, config(), "phase_unsupported", "phase", "decode"),
         ({}, config(dtype="float32"), "dtype_unsupported", "dtype", "float32"),
         ({}, config(kv_cache_dtype="fp8_e4m3"), "kv_dtype_unsupported", "kv_cache_dtype", "fp8_e4m3"),

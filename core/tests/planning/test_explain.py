@@ -42,7 +42,6 @@ prefill: 5 candidates
   flashinfer_mla  chosen         preferred for cuda >=sm_100,<sm_120 mla
   fa3             refused        arch_mismatch: arch sm_100, accepted: >=sm_90,<sm_100
                                  kind_unsupported: kind mla, accepted: mha
-                                 head_dim_unsupported: head_dim 576/512, accepted: 128/128
   trtllm_mla      refused        phase_unsupported: phase prefill, accepted: decode
   bad             problem        broken_plugin: its module is gone
   triton          not installed  not_installed: no installed distribution has triton; pip install attn-triton
@@ -54,7 +53,6 @@ pip install 'flashinfer-python>=0.6'
   flashinfer_mla  accepted       after trtllm_mla: preferred for cuda >=sm_100,<sm_120 mla
   fa3             refused        arch_mismatch: arch sm_100, accepted: >=sm_90,<sm_100
                                  kind_unsupported: kind mla, accepted: mha
-                                 head_dim_unsupported: head_dim 576/512, accepted: 128/128
   bad             problem        broken_plugin: its module is gone
   triton          not installed  not_installed: no installed distribution has triton; pip install attn-triton"""
 
@@ -84,6 +82,13 @@ def test_a_plan_is_json_data_with_the_whole_trace() -> None:
     assert rows["trtllm_mla"]["reasons"][0]["code"] == "phase_unsupported"
     assert rows["flashinfer_mla"]["decision"]["native_page_size"] is None  # judged before the page size was chosen
     assert rows["triton"]["status"] == "not_installed"
+
+
+def test_what_stands_against_several_layer_kinds_is_one_line() -> None:
+    kinds = [replace(MHA, softcap=cap) for cap in (0.0, 1.0, 2.0)]
+    both = installed(ref("fa3"), ref("flashinfer", clause(features=["softcap"])))
+    text = plan(config(*kinds), system=HOPPER, installed=both).explain()
+    assert "feature_unsupported: features softcap (layer kinds 1, 2), accepted: none" in text
 
 
 def test_a_conversion_and_the_dtype_of_the_cache_are_said() -> None:

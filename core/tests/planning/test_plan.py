@@ -53,6 +53,7 @@ def test_auto_follows_the_preference_table() -> None:
     found = made(NATIVE, ref("flashinfer"), ref("fa3"))
     assert chosen(found) == {"prefill": "fa3", "decode": "fa3"}
     assert found.phases["decode"].why == "preferred for cuda >=sm_90,<sm_100 mha"
+    assert not found.phases["decode"].named
     assert [candidate.listed for candidate in found.trace["decode"]][:3] == ["fa3", "flashinfer", "torch_native"]
 
 
@@ -107,6 +108,7 @@ def test_a_named_backend_is_used() -> None:
     found = made(NATIVE, ref("fa3"), ref("flashinfer"), backend="flashinfer")
     assert chosen(found) == {"prefill": "flashinfer", "decode": "flashinfer"}
     assert found.phases["decode"].why == "named"
+    assert found.phases["decode"].named
     assert statuses(found)["fa3"] == "accepted"
     assert "not asked for" in rows(found)["fa3"]
 

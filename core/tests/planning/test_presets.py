@@ -32,7 +32,7 @@ PRESETS: dict[str, tuple[str, int, list[tuple[int, LayerKind]]]] = {
     "qwen3-32b": ("bfloat16", 40960, [kind(64, 64, 8, 128)]),
     "mistral-7b": ("bfloat16", 32768, [kind(32, 32, 8, 128, sliding_window=4096)]),
     "gemma-2-9b": (
-        "float32",
+        "bfloat16",
         8192,
         [kind(21, 16, 8, 256, scale=256**-0.5, softcap=50.0, sliding_window=window) for window in (4096, None)],
     ),

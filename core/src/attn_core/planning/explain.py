@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from attn_core.planning.candidates import Candidate
 from attn_core.planning.config import AttentionConfig, LayerKind
 from attn_core.planning.plan import PhasePlan, Plan
+from attn_core.planning.reasons import Reason
 
 
 def explain(plan: Plan) -> str:
@@ -66,16 +68,20 @@ def _table(rows: list[list[str]]) -> Iterator[str]:
 def _candidate(candidate: Candidate, plan: Plan) -> Iterator[str]:
     width = max(len(row.listed) for rows in plan.trace.values() for row in rows)
     indent = f"  {'':{width}}  {'':13}  "
-    lines = [str(reason) for reason in candidate.reasons] + ([candidate.note] if candidate.note else [])
-    if candidate.decision is not None:
-        lines += [
-            f"not judged here: {note}"
-            for note in candidate.decision.notes
-            if candidate.status in ("chosen", "accepted")
-        ]
+    lines = _reasons(candidate.reasons) + ([candidate.note] if candidate.note else [])
+    if candidate.decision is not None and candidate.status == "chosen":
+        lines += [f"not judged here: {note}" for note in candidate.decision.notes]
     first, *rest = lines or [""]
     yield f"  {candidate.listed:{width}}  {candidate.status.replace('_', ' '):13}  {first}".rstrip()
     yield from (indent + line for line in rest)
+
+
+def _reasons(reasons: Iterable[Reason]) -> list[str]:
+    """One line for each thing that stands against it, naming all the layer kinds it stands against it for."""
+    kinds: dict[Reason, list[int]] = {}
+    for reason in reasons:
+        kinds.setdefault(replace(reason, kind=None), []).extend([] if reason.kind is None else [reason.kind])
+    return [reason.text(found) for reason, found in kinds.items()]
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:

@@ -28,6 +28,8 @@ from attn_core.planning.reasons import Decision, Reason, evaluate
 from attn_core.planning.system import System, detect
 
 AUTO: Final = "auto"
+#: Why a backend that the user named has its place.
+NAMED: Final = "named"
 FallbackPolicy = Literal["warn", "error", "allow"]
 
 
@@ -51,6 +53,11 @@ class PhasePlan:
     native_page_size: int
     why: str
     fallback: tuple[str, ...] = ()
+
+    @property
+    def named(self) -> bool:
+        """Whether the user named it, or the backend that it stands in for."""
+        return self.why == NAMED or bool(self.fallback)
 
     @property
     def converted(self) -> bool:
@@ -207,7 +214,7 @@ def _refused(ref: BackendRef, decision: Decision) -> BackendRefusedError | Proto
 
 
 def _direct(board: Board, ref: BackendRef) -> list[Choice]:
-    return [Choice(ref, board.decision(ref), "named")]
+    return [Choice(ref, board.decision(ref), NAMED)]
 
 
 def _fallen_back(board: Board, ref: BackendRef, installed: Installed, policy: FallbackPolicy) -> list[Choice]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Final, Literal
@@ -66,7 +66,11 @@ class Reason:
     kind: int | None = None
 
     def __str__(self) -> str:
-        about = f" (layer kind {self.kind})" if self.kind is not None else ""
+        return self.text(() if self.kind is None else (self.kind,))
+
+    def text(self, kinds: Sequence[int]) -> str:
+        """One line for people, about these layer kinds (none: all that run)."""
+        about = f" (layer kind{'s' * (len(kinds) > 1)} {', '.join(map(str, kinds))})" if kinds else ""
         hint = f"; {self.hint}" if self.hint else ""
         if self.layer == "installed":  # what is wanted and had are here the plugin's needs, and what the machine has
             return f"{self.code}: {self.wanted}{f' ({self.have})' if self.have else ''}{hint}"
@@ -276,7 +280,8 @@ def _failures(
         yield 1, reason("arch_mismatch", "arch", system.arch or "unknown", clause.arch, _arch_hint(system))
     if kind.kind != clause.kind:
         yield 2, reason("kind_unsupported", "kind", kind.kind, clause.kind)
-    elif not (kind.ragged or clause.cached):
+        return  # heads, pages and features of another kind of attention say nothing about this one
+    if not (kind.ragged or clause.cached):
         yield 2, reason("kind_unsupported", "kind", f"{kind.kind} with a cache", f"{clause.kind}, ragged only")
     if phase not in clause.phases:
         yield 3, reason("phase_unsupported", "phase", phase, ", ".join(clause.phases))
