@@ -60,4 +60,5 @@ def test_nothing_of_it_comes_from_the_workspace(everything: Environment) -> None
 def test_it_plans_and_runs(everything: Environment) -> None:
     assert "prefill" in everything.attn("explain", "llama-3.1-8b")
     assert "deepseek-v3 on cuda:sm_100" in everything.attn("explain", "deepseek-v3", "--system", "cuda:sm_100")
-    everything.attn("verify", "torch_native", "--tier", "contract", "--case", "first", timeout=300)
+    table = everything.attn("verify", "torch_native", "--select", "decode/", "-n", "2")
+    assert " 0 failed" in table

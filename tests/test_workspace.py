@@ -54,9 +54,10 @@ def test_names_are_unique_over_the_workspace() -> None:
 
 
 def texts(path: Path) -> Iterator[tuple[int, str]]:
-    """Every string of a module but its docstrings."""
+    """Every string of a module but its docstrings, and the pieces of f-strings, which are no names."""
     tree = ast.parse(path.read_text())
-    docs = {
+    pieces = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    docs = pieces | {
         id(node.body[0].value)
         for node in ast.walk(tree)
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
