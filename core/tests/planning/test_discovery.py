@@ -12,6 +12,8 @@ import pytest
 from attn_core.errors import AmbiguousBackendError, ManifestError, PluginError, UnknownBackendError
 from attn_core.planning.discovery import Installed, discover, register, unregister
 from attn_core.planning.distributions import InstalledVersions, scan
+from attn_core.planning.reasons import availability
+from attn_core.planning.system import System
 
 from .building import clause, manifest
 
@@ -367,6 +369,13 @@ def test_what_is_installed_here_is_what_importlib_finds() -> None:
     for dist in distributions():
         expected.setdefault(normal_name(dist.name), dist.version)
     assert dict(InstalledVersions()) == expected
+
+
+def test_the_cores_own_backend_is_found_like_any_other() -> None:
+    ref = discover().find("torch_native")
+    assert (ref.dist, ref.name) == ("attn-core", "torch_native")
+    assert ref.manifest.speaks_protocol
+    assert availability(ref.manifest, System("cpu")) == ()
 
 
 def test_discovery_imports_no_torch_no_plugin_and_no_importlib_metadata(site: Site) -> None:

@@ -344,6 +344,7 @@ def test_an_unknown_architecture_names_the_nearest_and_what_is_accepted(data: di
         ({"model_type": "llama", "num_key_value_heads": 5}, "not a multiple"),
         ({"model_type": "llama", "dtype": "float64"}, "float64"),
         ({"model_type": "gemma2", "attn_logit_softcapping": "50"}, "a number"),
+        ({"model_type": "gemma2", "query_pre_attn_scalar": 0}, "a positive number"),
         (
             {"model_type": "deepseek_v3", "rope_scaling": {"type": "yarn", "mscale_all_dim": 1}},
             "the factor of rope_scaling",
@@ -374,6 +375,11 @@ def test_what_asks_for_other_attention_or_makes_no_sense_is_refused(data: dict[s
 )
 def test_the_dtype_is_the_configs_and_float32_without_one(data: dict[str, Any], dtype: str) -> None:
     assert config_from_hf({"model_type": "llama", **data}).dtype == dtype
+
+
+def test_a_scalar_may_be_written_as_a_float() -> None:
+    made = config_from_hf({"model_type": "gemma2", "query_pre_attn_scalar": 144.0, "attn_logit_softcapping": 50})
+    assert {(kind.scale, kind.softcap) for kind in made.layers} == {(1 / 12, 50.0)}
 
 
 def test_the_dtype_of_the_text_half_counts() -> None:

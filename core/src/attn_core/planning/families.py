@@ -124,8 +124,11 @@ def _gemma(fields: Fields) -> Parts:
 
 def _scalar(fields: Fields) -> dict[str, Any]:
     """Gemma's own scale and soft cap."""
+    scalar = fields.number("query_pre_attn_scalar")
+    if scalar is None or scalar <= 0:
+        raise ConfigError(f"{fields.model_type}: query_pre_attn_scalar is {scalar!r}", accepted="a positive number")
     return {
-        "scale": fields.integer("query_pre_attn_scalar") ** -0.5,
+        "scale": scalar**-0.5,
         "softcap": fields.number("attn_logit_softcapping") or 0.0,
     }
 
