@@ -73,7 +73,12 @@ class FakeFlashAttention:
 def _forward(a: dict) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     q, k, v, table = a["q"], a["k"], a["v"], a["page_table"]
     assert q.dtype == k.dtype == v.dtype, "query, key and value must have the same dtype"
-    assert q.dtype in (torch.float16, torch.bfloat16), "only fp16 and bf16 here"
+    assert q.dtype in (torch.float16, torch.bfloat16, torch.float8_e4m3fn)
+    fp8 = q.dtype == torch.float8_e4m3fn
+    batch = len(a["cu_seqlens_q"]) - 1 if a["cu_seqlens_q"] is not None else q.shape[0]
+    for name in ("q_descale", "k_descale", "v_descale"):
+        assert fp8 == (a[name] is not None), "descales go with fp8"
+        assert not fp8 or a[name].shape == (batch, k.shape[-2]), name
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1, "Input tensor must have contiguous last dimension"
     assert q.shape[-1] % 8 == 0, "head_size should be a multiple of 8"
     assert q.shape[-1] <= 256
@@ -93,19 +98,27 @@ def _forward(a: dict) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     q_v = a["q_v"]
     out = a["out"]
     if out is None:
-        out = torch.full((*q.shape[:-1], v.shape[-1]), float("nan"), dtype=q.dtype)
+        out = torch.full((*q.shape[:-1], v.shape[-1]), float("nan"), dtype=torch.bfloat16 if fp8 else q.dtype)
     assert out.shape == (*q.shape[:-1], v.shape[-1])
     heads = q.shape[-2]
     lse = torch.full((heads, q.shape[0]) if varlen else (q.shape[0], heads, q.shape[1]), float("nan"))
     for b, index in enumerate(rows):
         keys, values = _keys_of(a, b, table)
-        part, part_lse = _attend(q[index].double(), None if q_v is None else q_v[index].double(), keys, values, a)
+        if fp8:
+            keys, values = (x * a[n][b].double()[None, :, None] for x, n in ((keys, "k_descale"), (values, "v_descale")))
+        queries = q[index].double() * (_by_head(a["q_descale"][b], heads) if fp8 else 1.0)
+        part, part_lse = _attend(queries, None if q_v is None else q_v[index].double(), keys, values, a)
         out[index] = part.to(out.dtype)
         if varlen:
             lse[:, index[0]] = part_lse.float()
         else:
             lse[b] = part_lse.float()
     return out, lse, None, None
+
+
+def _by_head(descale: Tensor, heads: int) -> Tensor:
+    """[Hkv] as [1, Hq, 1]: query heads take the scale of their KV head."""
+    return descale.double().repeat_interleave(heads // len(descale))[None, :, None]
 
 
 def _check_schedule(a: dict, batch: int, varlen: bool) -> None:

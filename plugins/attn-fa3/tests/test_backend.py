@@ -42,16 +42,18 @@ def batch_of(mode: ForwardMode, query: list[int], lens: list[int], page_size: in
 def random_cache(config: AttentionConfig) -> KVCache:
     cache = KVCache.allocate(config, num_pages=64)
     for i in cache.layer_ids:
-        cache.k(i).normal_()
+        cache.k(i).copy_(torch.randn(cache.k(i).shape))
         values = cache.v(i)
         if values is not None:
-            values.normal_()
+            values.copy_(torch.randn(values.shape))
     return cache
 
 
 def layer_of(config: AttentionConfig, i: int = 0, sinks_dtype: torch.dtype = torch.float32) -> AttentionLayer:
     kind = config.layers[i]
-    return AttentionLayer.of_kind(kind, i, sinks=torch.randn(kind.num_q_heads).to(sinks_dtype) if kind.sinks else None)
+    scales = {} if config.kv_cache_dtype == "auto" else {"k_scale": 0.5, "v_scale": 1.5}
+    sinks = torch.randn(kind.num_q_heads).to(sinks_dtype) if kind.sinks else None
+    return AttentionLayer.of_kind(kind, i, sinks=sinks, **scales)
 
 
 def inputs(kind: LayerKind, tokens: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -137,6 +139,35 @@ def test_a_tree_is_right_in_pages_that_do_not_follow_each_other(fake: FakeFlashA
 def test_hnd_is_read_by_strides(fake: FakeFlashAttention, step: str) -> None:
     mode, query, lens = STEPS[step]
     check_step(config_of(KIND, kv_layout="HND"), batch_of(mode, query, lens))
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_an_fp8_cache_with_scales_and_quantised_queries(fake: FakeFlashAttention, step: str) -> None:
+    """Queries keep 4 significant bits, so the bound is wider here; a scale left out would be far outside of it."""
+    config = config_of(KIND, kv_cache_dtype="fp8_e4m3")
+    torch.manual_seed(0)
+    cache, batch = random_cache(config), batch_of(*STEPS[step])
+    backend, layer = FA3Backend(config, cache), layer_of(config)
+    q, k, v = inputs(KIND, batch.num_tokens)
+    q[: max(1, len(q) // 2)] *= 500.0  # one request's queries beyond e4m3's range, another's small
+    backend.init_forward_metadata(batch)
+    out = backend.forward(q, k, v, layer, batch)
+    exact = quantize_exactly(q, batch, layer)
+    torch.testing.assert_close(out.double(), reference(exact, layer, batch, cache)[0], atol=5e-2, rtol=5e-2)
+
+
+def quantize_exactly(q: Tensor, batch: ForwardBatch, layer: AttentionLayer) -> Tensor:
+    """The queries as e4m3 holds them with one scale for each request and KV head, in a loop."""
+    found = q.double()
+    starts = batch.query_start_loc.tolist()
+    for lo, hi in zip(starts, starts[1:], strict=False):
+        for head in range(layer.num_kv_heads):
+            own = slice(head * layer.group_size, (head + 1) * layer.group_size)
+            part = q[lo:hi, own].float()
+            if part.numel():
+                scale = part.abs().max() / 448
+                found[lo:hi, own] = (part / scale).to(torch.float8_e4m3fn).double() * scale.double()
+    return found
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 16])

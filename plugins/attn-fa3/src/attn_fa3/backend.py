@@ -19,6 +19,7 @@ from attn_fa3.build_flags import BuildFlags
 from attn_fa3.graph_buffers import GraphBuffers, fixed_splits
 from attn_fa3.join import join
 from attn_fa3.library import load, raised
+from attn_fa3.queries import Quantized, quantize
 from attn_fa3.step import Keys, Shape, Step
 from attn_fa3.tree import OwnKeys, own_keys, prefix_window
 
@@ -56,6 +57,8 @@ class FA3Backend(AttentionBackend):
         self._num_splits = 1 if config.batch_invariant else 0
         self._graphs: GraphBuffers | None = None
         self._pools: dict[int, Pools] = {}
+        self._fp8 = kv_cache.dtype == torch.float8_e4m3fn
+        self._cache_scales: dict[int, tuple[Tensor, Tensor]] = {}
 
     @classmethod
     def build_reasons(cls, config: AttentionConfig, phase: Phase) -> Sequence[Reason]:
@@ -225,7 +228,7 @@ class FA3Backend(AttentionBackend):
 
         made = step.trees.get((window, pools.page_stride), layer.layer_id, make)
         prefix_keys, own = cast("tuple[Keys, OwnKeys]", made)
-        second = self._attend_own(q, layer, own)
+        second = self._attend_own(q, layer, own, step)
         left_right = prefix_window(window, drafts)
         if left_right is None:
             first, rest = second, None
@@ -257,6 +260,10 @@ class FA3Backend(AttentionBackend):
         )
         uniform = step.query_len
         options = {} if sinks is None else {"sinks": sinks}
+        if self._fp8:
+            quantized = self._quantize(q, layer, step)
+            q = quantized.q
+            options |= self._descales(layer, quantized.descale)
         if mla:
             nope = q[..., : layer.v_head_dim]
             options["q_v"] = nope if uniform is None else nope.unflatten(0, (step.batch_size, uniform))
@@ -289,10 +296,14 @@ class FA3Backend(AttentionBackend):
         rows, lse = _rows(result[0], result[1], uniform is not None)
         return (rows if out is None else out), lse
 
-    def _attend_own(self, q: Tensor, layer: AttentionLayer, own: OwnKeys) -> Attended:
+    def _attend_own(self, q: Tensor, layer: AttentionLayer, own: OwnKeys, step: Step) -> Attended:
         """Each draft as a request of one token, over the slots listed for it."""
         pools = self._pools_of(layer).as_slots()
-        options = {}
+        options: dict[str, Tensor] = {}
+        if self._fp8:
+            quantized = self._quantize(q, layer, step)
+            q = quantized.q
+            options = self._descales(layer, quantized.descale.repeat_interleave(q.shape[0] // step.batch_size, 0))
         rope = q
         if layer.kind == "mla":
             options["q_v"] = q[:, None, :, : layer.v_head_dim]
@@ -338,6 +349,19 @@ class FA3Backend(AttentionBackend):
             )
         except (RuntimeError, ValueError, TypeError) as error:
             raise raised(error, "tile schedule") from error
+
+    def _quantize(self, q: Tensor, layer: AttentionLayer, step: Step) -> Quantized:
+        starts = step.query_start_loc if step.query_len is None else None
+        return quantize(q, layer.num_kv_heads, step.batch_size, starts)
+
+    def _descales(self, layer: AttentionLayer, q_descale: Tensor) -> dict[str, Tensor]:
+        """What the stored keys and values, and the quantised queries [B, Hkv], are multiplied with."""
+        found = self._cache_scales.get(layer.layer_id)
+        if found is None:
+            one = q_descale.new_ones(1, 1)
+            found = self._cache_scales[layer.layer_id] = (one * layer.k_scale, one * layer.v_scale)
+        k_descale, v_descale = (scale.expand_as(q_descale) for scale in found)
+        return {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
 
     def _pools_of(self, layer: AttentionLayer) -> Pools:
         found = self._pools.get(layer.layer_id)

@@ -16,7 +16,7 @@ from attn_core.errors import KernelError, PluginLoadError
 FORWARD_ARGUMENTS: Final = (
     "q", "k", "v", "q_v", "out", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "max_seqlen_q", "max_seqlen_k",
     "page_table", "softmax_scale", "is_causal", "window_size_left", "window_size_right", "softcap",
-    "scheduler_metadata", "num_splits",
+    "scheduler_metadata", "num_splits", "q_descale", "k_descale", "v_descale",
 )  # fmt: skip
 #: Those of the operator that makes the tile schedule.
 SCHEDULE_ARGUMENTS: Final = (

@@ -1,0 +1,178 @@
+"""The known traps of the libraries, on the real libraries: each line says what was expected and what was found."""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from attn_core.errors import KernelError
+from attn_core.planning.config import AttentionConfig, LayerKind
+from attn_core.runtime.batch import ForwardBatch, ForwardMode
+from attn_core.runtime.kv_cache import KVCache
+from attn_core.runtime.layer import AttentionLayer
+from attn_core.testing.reference import reference
+
+KIND = LayerKind(8, 2, 128, 128, layer_ids=(0,))
+LATENT = LayerKind(16, 1, 576, 512, kind="mla", scale=192**-0.5, layer_ids=(0,))
+
+
+def run_traps() -> list[dict[str, str]]:
+    """Every trap; a trap that raises is a finding too."""
+    found = []
+    for trap in (
+        fa3_build_refuses, fa3_softcap_raises, fa3_sinks_in_bfloat16, fa3_empty_rows, flashinfer_ignores_sinks,
+        flashinfer_window_keeps_one_more, flashinfer_lse_is_base_2, flashmla_needs_legacy, flashmla_empty_rows,
+    ):  # fmt: skip
+        try:
+            text = trap()
+        except Exception:
+            text = "RAISED " + traceback.format_exc(limit=3)
+        found.append({"trap": trap.__name__, "found": text})
+        print(f"[traps] {trap.__name__}: {text}", flush=True)
+    return found
+
+
+def _step(kind: LayerKind, lens: list[int], page: int, query: list[int] | None = None):  # noqa: ANN202
+    torch.manual_seed(0)
+    layout = "MLA" if kind.kind == "mla" else "NHD"
+    config = AttentionConfig(layers=(kind,), page_size=page, kv_layout=layout, max_context_len=max(lens))
+    cache = KVCache.allocate(config, num_pages=64, device="cuda")
+    cache.k(0).normal_()
+    values = cache.v(0)
+    if values is not None:
+        values.normal_()
+    query = query or [1] * len(lens)
+    mode = ForwardMode.DECODE if set(query) == {1} else ForwardMode.EXTEND
+    first, pages = 1, []
+    for n in lens:
+        pages.append(list(range(first, first + -(-n // page))))
+        first += -(-n // page)
+    batch = ForwardBatch.build(mode, query_lens=query, seq_lens=lens, pages=pages, page_size=page, device="cuda")
+    q = torch.randn(batch.num_tokens, kind.num_q_heads, kind.qk_head_dim, device="cuda", dtype=torch.bfloat16)
+    return config, cache, batch, q
+
+
+def _error(found: torch.Tensor, wanted: torch.Tensor) -> str:
+    return f"{float((found.double() - wanted).norm() / wanted.norm().clamp(min=1e-9)):.2e}"
+
+
+def fa3_build_refuses() -> str:
+    from attn_fa3.backend import FA3Backend
+
+    softcap = AttentionConfig(layers=(replace(KIND, softcap=30.0),))
+    latent = AttentionConfig(layers=(LATENT,))
+    codes = [[r.code + ":" + r.field for r in FA3Backend.build_reasons(c, "decode")] for c in (softcap, latent)]
+    return f"expected refusals of softcap and of MLA (qv): {codes}"
+
+
+def fa3_softcap_raises() -> str:
+    from attn_fa3.backend import FA3Backend
+
+    config, cache, batch, q = _step(replace(KIND, softcap=5.0), [100], 16)
+    backend = FA3Backend(config, cache)
+    backend.init_forward_metadata(batch)
+    try:
+        backend.forward(q, None, None, AttentionLayer.of_kind(config.layers[0], 0), batch)
+    except KernelError as error:
+        return f"KernelError: {error.message}; cause {type(error.__cause__).__name__}"
+    return "NO ERROR: the library computed something"
+
+
+def fa3_sinks_in_bfloat16() -> str:
+    from attn_fa3.backend import FA3Backend
+
+    texts = []
+    for lens, query in (([100, 900, 33], None), ([300, 200], [300, 77])):
+        config, cache, batch, q = _step(replace(KIND, sinks=True), lens, 16, query)
+        sinks = torch.randn(8, device="cuda").bfloat16()
+        layer = AttentionLayer.of_kind(config.layers[0], 0, sinks=sinks)
+        backend = FA3Backend(config, cache)
+        backend.init_forward_metadata(batch)
+        out = backend.forward(q, None, None, layer, batch, save_kv_cache=False)
+        with_lse, lse = backend.forward(q, None, None, layer, batch, save_kv_cache=False, return_lse=True)
+        wanted, wanted_lse = reference(q, layer, batch, cache)
+        texts.append(f"fused {_error(out, wanted)}, folded {_error(with_lse, wanted)}, lse {_error(lse, wanted_lse)}")
+    return "relative errors " + "; ".join(texts)
+
+
+def fa3_empty_rows() -> str:
+    import flash_attn_interface as fa
+
+    config, cache, batch, q = _step(KIND, [40, 16], 16)
+    lens = torch.tensor([0, 16], dtype=torch.int32, device="cuda")
+    out, lse, *_ = fa.flash_attn_with_kvcache(
+        q.unsqueeze(1), cache.k(0), cache.v(0), cache_seqlens=lens, page_table=batch.page_table, causal=True,
+        return_softmax_lse=True,
+    )  # fmt: skip
+    return f"expected 0 and -inf: {float(out[0].abs().max())}, {float(lse[0].max())}"
+
+
+def _flashinfer_decode(window_left: int = -1):  # noqa: ANN202
+    import flashinfer
+
+    config, cache, batch, q = _step(KIND, [100, 37], 16)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+        torch.zeros(128 << 20, dtype=torch.uint8, device="cuda"), "NHD", use_tensor_cores=True, backend="fa2"
+    )
+    indices = torch.cat([batch.page_table[0, :7], batch.page_table[1, :3]])
+    indptr, last = torch.tensor([0, 7, 10], dtype=torch.int32), torch.tensor([4, 5], dtype=torch.int32)
+    wrapper.plan(
+        indptr, indices, last, 8, 2, 128, 16, q_data_type=q.dtype, kv_data_type=q.dtype, window_left=window_left
+    )
+    return wrapper, cache, batch, q
+
+
+def flashinfer_ignores_sinks() -> str:
+    wrapper, cache, _, q = _flashinfer_decode()
+    pools = (cache.k(0), cache.v(0))
+    same = torch.equal(wrapper.run(q, pools), wrapper.run(q, pools, sinks=torch.full((8,), 9.0, device="cuda")))
+    return f"run(sinks=9) equals run(): {same} (True: ignored, so they are folded in by us)"
+
+
+def flashinfer_window_keeps_one_more() -> str:
+    wrapper, cache, batch, q = _flashinfer_decode(window_left=9)
+    out = wrapper.run(q, (cache.k(0), cache.v(0)))
+    errors = {}
+    for window in (9, 10, 11):
+        layer = AttentionLayer.of_kind(replace(KIND, sliding_window=window), 0)
+        errors[window] = _error(out, reference(q, layer, batch, cache)[0])
+    return f"window_left=9 against windows of 9, 10, 11 keys: {errors} (10 is right)"
+
+
+def flashinfer_lse_is_base_2() -> str:
+    wrapper, cache, batch, q = _flashinfer_decode()
+    _, lse = wrapper.run(q, (cache.k(0), cache.v(0)), return_lse=True)
+    wanted = reference(q, AttentionLayer.of_kind(KIND, 0), batch, cache)[1]
+    return f"error of lse {_error(lse, wanted)}, of lse * ln 2 {_error(lse * math.log(2), wanted)}"
+
+
+def _flashmla(run: Callable[..., object], **options: object) -> object:
+    import flash_mla
+
+    config, cache, batch, q = _step(LATENT, [100, 64], 64)
+    lens = options.pop("lens", batch.seq_lens)
+    return run(
+        q.unsqueeze(1), cache.k_nhd(0), block_table=batch.page_table, cache_seqlens=lens, head_dim_v=512,
+        tile_scheduler_metadata=flash_mla.get_mla_metadata()[0], softmax_scale=LATENT.scale, **options,
+    )  # fmt: skip
+
+
+def flashmla_needs_legacy() -> str:
+    import flash_mla
+
+    try:
+        _flashmla(flash_mla.flash_mla_with_kvcache, is_fp8_kvcache=False)
+    except Exception as error:
+        return f"without use_legacy: {type(error).__name__}: {str(error)[:150]}"
+    return "NO ERROR without use_legacy"
+
+
+def flashmla_empty_rows() -> str:
+    import flash_mla
+
+    lens = torch.tensor([0, 64], dtype=torch.int32, device="cuda")
+    out, lse = _flashmla(flash_mla.flash_mla_with_kvcache, lens=lens, is_fp8_kvcache=False, use_legacy=True)
+    return f"expected +inf: lse {float(lse[0].max())}, out {float(out[0].float().abs().max())}"

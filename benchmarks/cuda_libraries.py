@@ -1,0 +1,67 @@
+"""The CUDA libraries behind the contract, on a GPU: verified, timed beside direct calls, mixed, and their traps tried.
+
+    python benchmarks/cuda_libraries.py site FOLDER           metadata of the working tree's distributions
+    python benchmarks/cuda_libraries.py verify NAME --tier contract --out FOLDER --workers 4
+    python benchmarks/cuda_libraries.py traps mixed speed host --out FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="+")
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    parser.add_argument("--tier", default="contract")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--select", default="")
+    parser.add_argument("--max-cases", type=int)
+    parser.add_argument("--seconds", type=float, default=0.15)
+    parser.add_argument("--backends", default="fa3,flashinfer,flashmla,flashinfer_mla")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    if given.what[0] == "site":
+        from cuda.site import source_path, write_site
+
+        write_site(Path(given.what[1]))
+        print(source_path())
+        return
+    if given.what[0] == "verify":
+        from cuda.verify import run_verify
+
+        for name in given.what[1:]:
+            run_verify(name, given.tier, given.out, given.workers, given.select, given.max_cases)
+        return
+    for what in given.what:
+        _run(what, given)
+
+
+def _run(what: str, given: argparse.Namespace) -> None:
+    if what == "speed":
+        from attn_core.bench.run import results
+        from attn_core.planning.system import detect
+        from cuda.speed import speed_rows
+
+        rows = list(speed_rows(given.seconds, tuple(given.backends.split(","))))
+        results(rows, detect()).write(given.out / "cuda_libraries.json")
+        return
+    if what == "traps":
+        from cuda.traps import run_traps as run
+    elif what == "mixed":
+        from cuda.mixed_plans import run_mixed as run
+    elif what == "host":
+        from cuda.speed import host_rows as run
+    else:
+        raise SystemExit(f"{what!r}: one of site, verify, speed, traps, mixed, host")
+    (given.out / f"{what}.json").write_text(json.dumps(run(), indent=1))
+
+
+if __name__ == "__main__":
+    main()

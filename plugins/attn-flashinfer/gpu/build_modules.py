@@ -1,0 +1,168 @@
+"""Builds the FlashInfer modules that the manifests' cases need, the most needed first, and packs them to be carried along.
+
+FlashInfer compiles a module for each dtype, cache dtype, head size, window on or off and soft cap on or off at its first
+use, with nvcc. Built modules put into ``flashinfer/data/aot`` are loaded from there, on any machine of the same chip.
+
+    python build_modules.py --out FOLDER --seconds 500      build until then, pack what is finished
+    python build_modules.py --install FILE...               unpack packs into the installed FlashInfer
+    python build_modules.py --list                          print the modules, and which are there
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import tarfile
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import attn_flashinfer
+import flashinfer
+import torch
+from attn_core.planning.manifest import Manifest
+from attn_core.planning.system import System
+from attn_core.runtime.kv_cache import TORCH_DTYPES
+from attn_core.testing.generation import generate_cases
+
+AOT = Path(flashinfer.__file__).parent / "data" / "aot"
+PACK_BYTES = 15 << 20
+#: What the benchmarks use comes before what only the conformance kit does.
+FIRST = (
+    ("bfloat16", "auto", 128, 128, False, False, "fa2"),
+    ("bfloat16", "auto", 128, 128, False, False, "fa3"),
+)
+
+
+class Module(NamedTuple):
+    """dtype, cache dtype, head widths, window, soft cap, kernels."""
+
+    dtype: str
+    kv_dtype: str
+    qk: int
+    v: int
+    window: bool
+    softcap: bool
+    kernels: str
+
+    def spec(self):  # noqa: ANN201
+        """What FlashInfer would build at first use."""
+        from flashinfer.jit.attention import modules
+
+        q = TORCH_DTYPES[self.dtype]
+        kv = q if self.kv_dtype == "auto" else TORCH_DTYPES[self.kv_dtype]
+        if self.kernels.startswith("mla"):
+            return modules.gen_batch_mla_module(self.kernels[4:], q, kv, q, torch.int32, 512, 64, False)
+        make = modules._gen_batch_prefill_primary_module if self.kernels == "fa2" else modules.gen_batch_prefill_module
+        return make(self.kernels, q, kv, q, torch.int32, self.qk, self.v, 0, self.window, self.softcap, False)
+
+
+def needed() -> list[Module]:
+    """Every module of every case of the kit on Hopper, by how many cases need it."""
+    folder = Path(attn_flashinfer.__file__).parent
+    manifest = Manifest.parse((folder / "flashinfer.toml").read_text())
+    count: Counter[Module] = Counter()
+    for case in generate_cases(manifest, "contract", System.parse("cuda:sm_90")):
+        for kind in case.kinds:
+            masked = bool(case.tree) or "spans" in case.options
+            kv = "auto" if kind.ragged else case.kv_dtype
+            fa3 = (
+                case.mode in ("extend", "mixed", "draft_extend", "ragged")
+                and not (kind.cross or masked or kind.softcap)
+                and kv == "auto"
+                and (kind.qk_head_dim, kind.v_head_dim) in ((128, 128), (192, 128))
+            )
+            windowed = kind.sliding_window is not None and not masked
+            module = Module(case.dtype, kv, kind.qk_head_dim, kind.v_head_dim, windowed, kind.softcap > 0, "fa3" if fa3 else "fa2")
+            count[module] += 1
+    mla = [
+        Module("bfloat16", "auto", 576, 512, False, False, "mla_fa3"),
+        Module("float16", "auto", 576, 512, False, False, "mla_fa3"),
+        Module("bfloat16", "fp8_e4m3", 576, 512, False, False, "mla_fa3"),
+    ]
+    first = [Module(*values) for values in FIRST]
+    rest = sorted((m for m in count if m not in first), key=lambda m: -count[m])
+    return [*first, *mla, *rest]
+
+
+def place(name: str, library: Path) -> None:
+    """Put a built module where FlashInfer loads it from without looking at its sources."""
+    folder = AOT / name
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(library, folder / f"{name}.tmp")
+    os.replace(folder / f"{name}.tmp", folder / f"{name}.so")
+
+
+def build(modules: list[Module], seconds: float, at_once: int) -> None:
+    """Build until the time is up; what is being built then is left behind."""
+    deadline = time.monotonic() + seconds
+    say = threading.Lock()
+
+    def one(module: Module) -> None:
+        if time.monotonic() > deadline - 40:
+            return
+        spec = module.spec()
+        if spec.is_aot:
+            return
+        begun = time.monotonic()
+        try:
+            spec.build(verbose=False)
+            place(spec.name, spec.jit_library_path)
+            text = f"{time.monotonic() - begun:.0f} s"
+        except Exception as error:
+            text = f"FAILED {str(error)[-400:]}"
+        with say:
+            print(f"[modules] {time.monotonic() - (deadline - seconds):.0f} s: {tuple(module)} {text}", flush=True)
+
+    executor = ThreadPoolExecutor(at_once)
+    futures = [executor.submit(one, module) for module in modules]
+    while not all(future.done() for future in futures) and time.monotonic() < deadline:
+        time.sleep(1)
+    executor.shutdown(wait=False, cancel_futures=True)
+
+
+def pack(out: Path) -> None:
+    """All modules in AOT, in packs small enough to travel."""
+    out.mkdir(parents=True, exist_ok=True)
+    libraries = sorted(AOT.glob("*/*.so"))
+    number, archive = 0, None
+    for library in libraries:
+        path = out / f"modules-{number}.tar.xz"
+        if archive is not None and path.stat().st_size > PACK_BYTES - (2 << 20):
+            archive.close()
+            archive, number = None, number + 1
+            path = out / f"modules-{number}.tar.xz"
+        if archive is None:
+            archive = tarfile.open(path, "w:xz", preset=1)
+        archive.add(library, arcname=f"{library.parent.name}/{library.name}")
+    if archive is not None:
+        archive.close()
+    print(f"[modules] packed {len(libraries)} modules in {number + 1} packs", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--seconds", type=float, default=500)
+    parser.add_argument("--at-once", type=int, default=3)
+    parser.add_argument("--install", type=Path, nargs="*")
+    parser.add_argument("--list", action="store_true")
+    given = parser.parse_args()
+    for path in given.install or []:
+        with tarfile.open(path) as archive:
+            archive.extractall(AOT, filter="data")
+    if given.list:
+        for module in needed():
+            print("here " if module.spec().is_aot else "     ", *module)
+    if given.out is not None:
+        build(needed(), given.seconds, given.at_once)
+        pack(given.out)
+        os._exit(0)  # without waiting for compilers that are still at it
+
+
+if __name__ == "__main__":
+    main()
