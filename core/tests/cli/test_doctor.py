@@ -9,6 +9,9 @@ import pytest
 
 from .conftest import BACKEND, MANIFEST, Result, Site
 
+#: the run with all of them is made once: it is a dozen processes that import torch
+pytestmark = pytest.mark.xdist_group("doctor")
+
 #: what a plugin does on import -> what the finding says
 MISBEHAVIOUR = {
     "raises": ("raise RuntimeError('no luck today')", "fail", "RuntimeError: no luck today"),
