@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import signal
 from collections.abc import Iterator, Mapping
 from typing import Final
 
@@ -142,7 +141,8 @@ def _first_visible(variable: str | None, devices: list[tuple[str, str]]) -> int 
 
 def _ask(environ: Mapping[str, str], tool: str, *arguments: str) -> str:
     """What a vendor's tool prints, or nothing: a tool that is missing, fails or hangs tells us nothing."""
-    import shutil  # these two cost 15 ms, and most machines that list backends have no vendor's tool to ask
+    import shutil  # these three cost 15 ms, and most machines that list backends have no vendor's tool to ask
+    import signal
     import subprocess
 
     path = shutil.which(tool, path=environ.get("PATH"))
