@@ -256,7 +256,8 @@ def _printed(command: str) -> str:
     assert name == "attn", command
     environment = {key: value for key, value in os.environ.items() if not key.startswith("ATTN_")}
     found = discover()
-    here = {item.dist for item in (*found.backends, *found.problems)} & workspace_distributions()
+    installed = {ref.dist for ref in found.backends} | {problem.dist for problem in found.problems}
+    here = installed & workspace_distributions()
     environment |= {
         "ATTN_FORCE_SYSTEM": "cpu",
         "ATTN_PLUGINS": ",".join(sorted(here)),
