@@ -41,7 +41,7 @@ CLASSES: dict[str, type[transformers.PreTrainedConfig]] = {
 }
 
 
-def written(config: transformers.PreTrainedConfig) -> dict[str, Any]:
+def written(config: Any) -> dict[str, Any]:
     """The config.json that the library would save."""
     return dict(json.loads(config.to_json_string(use_diff=False)))
 
@@ -135,7 +135,7 @@ DECODERS: dict[str, tuple[str, transformers.PreTrainedConfig]] = {
     "qwen3": ("Qwen3ForCausalLM", transformers.Qwen3Config(**SMALL, head_dim=16)),
     "qwen3 moe sliding": (
         "Qwen3MoeForCausalLM",
-        transformers.Qwen3MoeConfig(**SMALL, **EXPERTS, head_dim=16, use_sliding_window=True, sliding_window=8),
+        transformers.Qwen3MoeConfig(**SMALL, **EXPERTS, **{"head_dim": 16}, use_sliding_window=True, sliding_window=8),
     ),
     "gemma": ("GemmaForCausalLM", transformers.GemmaConfig(**SMALL, head_dim=16)),
     "gemma2": (
@@ -153,7 +153,7 @@ DECODERS: dict[str, tuple[str, transformers.PreTrainedConfig]] = {
     "gemma3": (
         "Gemma3ForCausalLM",
         transformers.Gemma3TextConfig(
-            **SMALL, head_dim=16, query_pre_attn_scalar=12, sliding_window=8, sliding_window_pattern=3
+            **SMALL, head_dim=16, query_pre_attn_scalar=12, sliding_window=8, **{"sliding_window_pattern": 3}
         ),
     ),
     "gpt_oss": (
