@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from attn_core.planning.claims import HeadDims, Widths
 from attn_core.planning.config import LayerKind
@@ -11,6 +11,8 @@ from attn_core.planning.manifest import Clause
 from attn_core.testing.cases import Mode, Request
 
 Tier = Literal["contract", "numerics", "stress"]
+#: Each tier runs what the ones before it run, and more.
+TIERS: Final[tuple[Tier, ...]] = get_args(Tier)
 
 #: Query heads for each KV head that must work everywhere: no power of two, and what models have.
 GROUP_SIZES: Final = (4, 1, 3, 7, 8, 16)

@@ -158,7 +158,7 @@ class Case:
             kv_cache_dtype=self.kv_dtype,
             page_size=self.page_size,
             kv_layout=self.layout,
-            max_context_len=max(r.seq_len for r in self.pattern) + 8,
+            max_context_len=self._longest_table(),
             bidirectional_spans="spans" in self.options,
             multimodal="spans" in self.options,
             lse="lse" in self.options,
@@ -168,6 +168,11 @@ class Case:
             speculative_num_draft_tokens=self.draft_tokens,
             speculative_eagle_topk=self.topk,
         )
+
+    def _longest_table(self) -> int:
+        """Tokens that the widest page table of the case can hold: its longest sequence, later steps, spare columns."""
+        tokens = max(r.seq_len + 2 * r.new for r in self.pattern)
+        return (-(-tokens // self.page_size) + 4) * self.page_size
 
     @property
     def features(self) -> frozenset[str]:

@@ -26,8 +26,6 @@ SOFTCAP: Final = 1.5
 ENDLESS_WINDOW: Final = 1 << 20
 #: Draft tokens of a verify step.
 DRAFT_TOKENS: Final = 5
-#: Requests that graphs are captured for; only accelerators have them.
-GRAPH_DEVICES: Final = ("cuda", "rocm", "npu")
 
 #: Values of these axes mean something only between the requests of a batch.
 _BETWEEN_REQUESTS: Final = ("memory", "batch_invariant", "cuda_graph")
@@ -83,7 +81,7 @@ def generate_cases(manifest: Manifest, tier: Tier, system: System, seed: int = 0
     Each case stands once, the ladders first. A case that the clauses do not claim whole is not made.
     """
     grounds = list(_grounds(manifest, tier, system, seed))
-    made = [case for make in (ladder, pairs) for ground in grounds for case in make(ground)]
+    made = [case for make in (ladder, graphs, pairs) for ground in grounds for case in make(ground)]
     return [case for case in dict.fromkeys(made) if is_claimed(manifest, case, system)]
 
 
@@ -143,8 +141,27 @@ def pairs(ground: Ground) -> Iterator[Case]:
         yield replace(case, seed=ground.seed + 1)
 
 
-#: Features proved by running again: alone and with everything of a covering row would multiply its cost.
+def graphs(ground: Ground) -> Iterator[Case]:
+    """Graphs with everything that changes what is captured; in the first tier with one feature at a time."""
+    features = _steps_of_features(ground)
+    if "cuda_graph" not in features:
+        return
+    others = {name: values for name, values in features.items() if name not in _ALONE}
+    dimensions = {name: values for name, values in _dimensions(ground).items() if name in _CAPTURED}
+    if ground.tier == "contract":
+        rows = [{name: values[0]} for name, values in others.items()]
+        rows += [{name: value} for name, values in dimensions.items() for value in values[1:]]
+    else:
+        table = {**dimensions, **{name: [None, *values] for name, values in others.items()}}
+        rows = covering_rows(table, lambda row: _allowed(row, ground), seed=ground.seed)
+    for row in rows:
+        yield several_requests(_changed(ground.plain(), {**row, "cuda_graph": True, "memory": "shuffled"}, ground))
+
+
+#: Features that are proved by cases of their own kind.
 _ALONE: Final = ("cuda_graph",)
+#: Axes that change what a graph captures.
+_CAPTURED: Final = ("dtype", "kv_dtype", "head_dim", "group_size", "page_size", "layout", "nohost")
 
 
 def _dimensions(ground: Ground) -> dict[str, list[Any]]:
@@ -198,7 +215,7 @@ def _steps_of_features(ground: Ground) -> dict[str, list[Any]]:
         "bidirectional_spans": [True] if mode in ("extend", "mixed") else [],
         "cross": [True] if mode in ("extend", "decode", "mixed") else [],
         "ragged": ["full"] if mode == "ragged" else [],
-        "cuda_graph": [True] if mode in ("decode", "verify") and ground.system.device in GRAPH_DEVICES else [],
+        "cuda_graph": [True] if mode in ("decode", "verify") else [],
     }
     return {name: values for name, values in table.items() if values and name in ground.clause.features}
 

@@ -109,7 +109,7 @@ class Trial:
         self.case, self.target, self.plan = case, target, planned
         self.scene = Scene(case, planned.config, target.device)
         self.cache: KVCache = self.scene.allocate()
-        self.backend: AttentionBackend = build(planned, self.cache)
+        self.backend: AttentionBackend = build(planned, self.cache, installed=target.installed)
         self.witness = Witness(self.backend)
         self.precision = Precision.of(self.scene.dtype, quantizes_query=self._quantizes_query())
 
@@ -120,7 +120,7 @@ class Trial:
         chosen = [
             (p.backend.manifest, i) for p in self.plan.phases.values() for i in p.decision.clauses if i is not None
         ]
-        return any(manifest.clauses[i].quantizes_query for manifest, i in chosen)
+        return any(getattr(manifest.clauses[i], "quantizes_query", False) for manifest, i in chosen)
 
     def faults(self) -> list[Fault]:
         """What is wrong, nothing if all is right. An exception is a fault; what comes after it is not tried."""

@@ -88,11 +88,11 @@ class Scene:
     # -- requests and pages
 
     def _sequences(self) -> list[Request]:
-        copies = 2 if "flight" in self.case.options else 1
+        copies = 2 if self.case.options & {"flight", "graph"} else 1
         return [*self.case.requests] * copies
 
     def _num_waves(self) -> int:
-        return NUM_STEPS if "steps" in self.case.options else 1
+        return NUM_STEPS if "steps" in self.case.options else 2 if "graph" in self.case.options else 1
 
     def _place(self) -> tuple[Placement, tuple[tuple[int, ...], ...]]:
         """Pages for every sequence, with room for its later steps, and for every encoder."""
@@ -203,6 +203,8 @@ class Scene:
         """Batches that are in flight together, one list after the other."""
         if self.case.mode == "ragged":
             return []
+        if "graph" in self.case.options:
+            return self._replayed()
         waves = []
         for wave in range(self._num_waves()):
             now = [replace(r, prefix=r.prefix + wave * r.new) for r in self.sequences]
@@ -213,6 +215,15 @@ class Scene:
             groups = [order[i : i + size] for i in range(0, len(order), size)]
             waves.append([self._step(wave, group, now) for group in groups])
         return waves
+
+    def _replayed(self) -> list[list[Step]]:
+        """What one graph is replayed for: all requests; the same grown and turned; fewer others, on other pages."""
+        size = len(self.case.requests)
+        grown = [replace(r, prefix=r.prefix + r.new) for r in self.sequences]
+        turned = [*range(1, size), 0]
+        fewer = list(range(size, size + max(1, size // 2)))
+        steps = [(0, list(range(size)), self.sequences), (1, turned, grown), (1, fewer, self.sequences)]
+        return [[self._step(wave, group, now)] for wave, group, now in steps]
 
     def _step(self, wave: int, group: list[int], now: list[Request]) -> Step:
         requests = [now[s] for s in group]
@@ -251,7 +262,7 @@ class Scene:
             batch.encoder_page_table = self._with_stale(batch.encoder_page_table, batch.encoder_seq_lens, columns)
         if "loose" in self.case.options:
             batch.max_seq_len = batch.page_table.shape[1] * self.page_size
-            if batch.mode is not ForwardMode.DECODE:
+            if batch.mode not in (ForwardMode.DECODE, ForwardMode.TARGET_VERIFY):
                 batch.max_query_len += 3
             if batch.encoder_page_table is not None:
                 batch.max_encoder_seq_len = batch.encoder_page_table.shape[1] * self.page_size

@@ -1,0 +1,212 @@
+"""What a run of the kit found, feature by feature: proved, refused, over-claimed, under-claimed, or not run."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+from attn_core.planning.config import FEATURES, PHASES
+from attn_core.planning.manifest import Clause, Manifest
+from attn_core.planning.system import System
+from attn_core.testing.axes import Tier
+from attn_core.testing.blame import Blame, explain
+from attn_core.testing.run import Result
+
+Outcome = Literal["proved", "refused", "over_claimed", "under_claimed", "not_run"]
+
+#: What the table has a row for besides the features of the closed set: row -> what it says.
+SHAPES: Final[Mapping[str, str]] = {
+    **{phase: f"the phase {phase}" for phase in PHASES},
+    "mha": "layers with keys and values for each KV head",
+    "mla": "layers over the paged latent",
+    "page_size_gt_1": "native pages of more than one token",
+    **{f"kv_{name}": f"a cache of {name}" for name in ("fp8_e4m3", "fp8_e5m2")},
+}
+ROWS: Final[tuple[str, ...]] = (*FEATURES, *SHAPES)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One feature: whether it is declared for this machine, and what its cases found.
+
+    ``passed`` and ``failed`` count positive cases of a declared feature, and refusals of one that is not. ``first`` is
+    the id of the first case that speaks against the declaration.
+    """
+
+    name: str
+    declared: bool
+    outcome: Outcome
+    passed: int = 0
+    failed: int = 0
+    note: str = ""
+    first: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A whole run. ``facts`` are what evidence says of the machine and the versions."""
+
+    backend: str
+    device: str
+    level: str
+    tier: Tier
+    seed: int
+    results: tuple[Result, ...]
+    rows: tuple[Row, ...]
+    blames: tuple[Blame, ...]
+    seconds: float
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing failed and something ran."""
+        return not self.count("failed") and bool(self.count("passed"))
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.ok else 1
+
+    def count(self, status: str) -> int:
+        """How many cases ended so."""
+        return sum(result.status == status for result in self.results)
+
+    @property
+    def failures(self) -> tuple[Result, ...]:
+        return tuple(result for result in self.results if result.status == "failed")
+
+    def table(self) -> str:
+        """The features, the counts, and for each explanation of failures the case that reproduces it."""
+        lines = [f"{self.backend} on {self.device} ({self.level}), tier {self.tier}, seed {self.seed}", ""]
+        heads = ("feature", "declared", "outcome", "cases", "")
+        body = [
+            (row.name, "yes" if row.declared else "no", row.outcome.replace("_", "-"), _cases(row), row.note)
+            for row in self.rows
+        ]
+        widths = [max(len(line[i]) for line in (heads, *body)) for i in range(4)]
+        for line in (heads, *body):
+            cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=False)]
+            lines.append("  ".join([*cells, line[4]]).rstrip())
+        lines += ["", f"{self.count('passed')} passed, {self.count('failed')} failed, {self.count('not_run')} not run"
+                  f" in {self.seconds:.1f} s"]  # fmt: skip
+        for blame in self.blames:
+            lines += ["", f"{blame}", *(f"  {fault}" for fault in blame.first.faults[:3])]
+            lines.append(f"  attn verify {self.backend} --device {self.device} --case '{blame.first.case.id}'")
+        return "\n".join([*lines, *self.notes])
+
+
+def _cases(row: Row) -> str:
+    if not row.passed + row.failed:
+        return "-"
+    return f"{row.passed} passed" + (f", {row.failed} failed" if row.failed else "")
+
+
+def rows_of(manifest: Manifest, system: System, results: Sequence[Result]) -> tuple[tuple[Row, ...], tuple[Blame, ...]]:
+    """The table's rows and the explanations of the failures."""
+    blames = tuple(explain(results))
+    here = [
+        c for c in manifest.clauses if (system.device in c.devices or "any" in c.devices) and c.arch.allows(system.arch)
+    ]
+    declared = {name for clause in here for name in _declared(clause)}
+    blamed = {blame.feature: blame for blame in blames}
+    rows = [
+        _declared_row(name, results, blamed, blames, system) if name in declared else _undeclared_row(name, results)
+        for name in ROWS
+    ]
+    return tuple(rows), blames
+
+
+def _declared(clause: Clause) -> set[str]:
+    pages = zip(clause.pages, range(2), strict=False)
+    return {
+        *clause.features,
+        *clause.phases,
+        clause.kind,
+        *(f"kv_{name}" for name in clause.kv_dtypes),
+        *(["page_size_gt_1"] if any(size > 1 for size, _ in pages) else []),
+    }
+
+
+def row_names(result: Result) -> frozenset[str]:
+    """The rows that a case speaks for."""
+    case = result.case
+    names = {*case.features, *case.phases, f"kv_{case.kv_dtype}"}
+    names |= {kind.kind for kind in case.kinds if kind.ragged == (case.mode == "ragged")}
+    return frozenset(names | ({"page_size_gt_1"} if case.page_size > 1 and case.mode != "ragged" else set()))
+
+
+def _declared_row(
+    name: str, results: Sequence[Result], blamed: Mapping[str, Blame], blames: Sequence[Blame], system: System
+) -> Row:
+    mine = [r for r in results if not r.case.refused and name in row_names(r)]
+    passed = [r for r in mine if r.status == "passed"]
+    failed = [r for r in mine if r.status == "failed"]
+    skipped = [r for r in mine if r.status == "not_run"]
+    if name in blamed:
+        blame = blamed[name]
+        return Row(name, True, "over_claimed", len(passed), len(failed), blame.check, blame.first.case.id)
+    if name == "cuda_graph" and system.device == "cpu" and not failed:
+        return Row(
+            name, True, "not_run", note="no graphs on a CPU; their buffers were replayed eagerly" if passed else ""
+        )
+    if not passed and failed:
+        return Row(name, True, "over_claimed", 0, len(failed), "every case fails", failed[0].case.id)
+    if not passed:
+        return Row(name, True, "not_run", note=skipped[0].note if skipped else "no case of this tier")
+    note = f"{len(failed)} fail for {blames[0].claim}" if failed else ""
+    return Row(name, True, "proved", len(passed), len(failed), note, failed[0].case.id if failed else "")
+
+
+def _undeclared_row(name: str, results: Sequence[Result]) -> Row:
+    mine = [r for r in results if r.case.refused and name in _refused_for(r)]
+    failed = [r for r in mine if r.status == "failed"]
+    works = [r for r in mine if r.works_undeclared]
+    if failed:
+        return Row(name, False, "over_claimed", len(mine) - len(failed), len(failed), "not refused", failed[0].case.id)
+    if works:
+        note = f"{len(works)} of {len(mine)} refused cases work when asked all the same"
+        return Row(name, False, "under_claimed", len(mine), 0, note, works[0].case.id)
+    return Row(name, False, "refused" if mine else "not_run", len(mine))
+
+
+def _refused_for(result: Result) -> frozenset[str]:
+    """The rows that a refusal speaks for: what the case has and the clause lacks."""
+    case = result.case
+    by_code: dict[str, set[str]] = {
+        "feature_unsupported": {*case.features},
+        "phase_unsupported": {*case.phases},
+        "kv_dtype_unsupported": {f"kv_{case.kv_dtype}"},
+    }
+    return frozenset(by_code.get(case.refused, ()))
+
+
+def junit_xml(report: Report) -> str:
+    """The run as JUnit XML: one testcase for each case."""
+    suite = ET.Element(
+        "testsuite",
+        name=f"attn verify {report.backend}",
+        tests=str(len(report.results)),
+        failures=str(report.count("failed")),
+        skipped=str(report.count("not_run")),
+        time=f"{report.seconds:.3f}",
+    )
+    for result in report.results:
+        case = ET.SubElement(
+            suite, "testcase", classname=f"{report.backend}.{result.case.mode}", name=result.case.id,
+            time=f"{result.seconds:.3f}",
+        )  # fmt: skip
+        if result.status == "failed":
+            failure = ET.SubElement(case, "failure", message=str(result.faults[0]))
+            failure.text = "\n".join(map(str, result.faults))
+        elif result.status == "not_run":
+            ET.SubElement(case, "skipped", message=result.note)
+    ET.indent(suite)
+    return ET.tostring(suite, encoding="unicode", xml_declaration=True)
+
+
+def first_failures(results: Iterable[Result], count: int) -> list[str]:
+    """Lines for people: the ids of the first failed cases and what is wrong with them."""
+    failed = [r for r in results if r.status == "failed"]
+    return [f"{r.case.id}: {r.faults[0]}" for r in failed[:count]]
