@@ -1,16 +1,23 @@
-"""One thread for every test, and the contract emulator as a fixture."""
+"""One thread for every test, the contract emulator as a fixture, and the real wheel behind it where there is one."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 import torch
-from attn_ascend.emulator.device import EMULATOR
 
-#: Tests of the real wheel import it, which needs the stub libraries of `make ascend-schema`; that target runs them.
-collect_ignore = [] if importlib.util.find_spec("torch_npu") else ["ascend_wheel"]
+#: The environment of `make ascend-schema` has the wheel, which needs CANN or that target's stub libraries. Tests of the
+#: wheel itself run there alone, and all others run there once more, on the vendor's schemas.
+WHEEL = importlib.util.find_spec("torch_npu") is not None
+collect_ignore = [] if WHEEL else ["ascend_wheel"]
+
+if WHEEL:
+    import torch_npu  # noqa: F401 - before the emulator, whose kernels then stand behind the wheel's own schemas
+
+from attn_ascend.emulator.device import EMULATOR  # noqa: E402 - after it
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -20,6 +27,11 @@ def one_thread() -> None:
 
 @pytest.fixture
 def emulated() -> Iterator[None]:
-    """CPU tensors are taken, and every call is checked against the vendor's contract."""
-    with EMULATOR:
+    """CPU tensors are taken, every call is checked against the contract and, with the wheel, by its Meta kernels."""
+    with ExitStack() as stack:
+        stack.enter_context(EMULATOR)
+        if WHEEL:
+            from meta_kernels import MetaKernels
+
+            stack.enter_context(MetaKernels())
         yield

@@ -31,6 +31,9 @@ Result aclrtGetDeviceInfo(uint32_t id, int what, int64_t *value) { *value = 24; 
 const char *aclGetRecentErrMsg(void) { return ""; }
 Result aclrtGetVersion(int *a, int *b, int *c) { *a = 1; *b = 0; *c = 0; return 0; }
 
+size_t aclGetCompileoptSize(int option) { return 1; }
+Result aclGetCompileopt(int option, char *value, size_t n) { if (n) value[0] = 0; return 0; }
+
 // memory
 Result aclrtMalloc(void **p, size_t n, int policy) { return allocate(p, n); }
 Result aclrtMallocAlign32(void **p, size_t n, int policy) { return allocate(p, n); }
@@ -75,6 +78,9 @@ Result aclmdlRICaptureTaskUpdateBegin(void *stream, void *group) { note("update_
 Result aclmdlRICaptureTaskUpdateEnd(void *stream) { note("update_end"); return 0; }
 Result aclmdlRIExecuteAsync(void *made, void *stream) { note("replay"); return 0; }
 Result aclmdlRIDestroy(void *made) { return 0; }
+// an external event is a word in memory that the graph waits for, and that is then set back
+Result aclrtValueWait(void *word, uint64_t value, uint32_t flag, void *stream) { note("wait"); return 0; }
+Result aclrtValueWrite(void *word, uint64_t value, uint32_t flag, void *stream) { note(value ? "record" : "reset"); return 0; }
 Result aclrtRecordEvent(void *event, void *stream) { note("record"); return 0; }
 Result aclrtStreamWaitEvent(void *stream, void *event) { note("wait"); return 0; }
 Result aclrtResetEvent(void *event, void *stream) { note("reset"); return 0; }

@@ -21,7 +21,7 @@ LIBRARIES = (
     "libacl_tdt_channel.so", "libatb.so",
 )  # fmt: skip
 _CANN_VARIABLES = ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME", "ASCEND_OPP_PATH", "ASCEND_AICPU_PATH", "ATB_HOME_PATH")
-_VENDOR_NAME = re.compile(rb"\x00((?:acl|hccl|Hccl|rt|ge)[A-Z][A-Za-z0-9]{3,80})(?=\x00)")
+_VENDOR_NAME = re.compile(rb"\x00((?:acl|hccl|Hccl|Hcom|rt|ge)[A-Za-z0-9_]{4,80})(?=\x00)")
 
 
 class RealCannError(RuntimeError):
@@ -50,18 +50,28 @@ def write_stubs(target: Path, torch_npu: Path, torch: Path) -> dict[str, Path]:
     libraries = [*torch_npu.glob("lib/*.so"), *torch_npu.glob("_C*.so")]
     undefined = _undefined(libraries, [*libraries, *torch.glob("lib/*.so*"), *_system_libraries()])
     sets = {name: target / name for name in ("empty", "device")}
-    for folder in sets.values():
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in LIBRARIES[2:]:
-            _shared(folder / name, _source(folder / "nothing.s", _note()))
-        _shared(folder / LIBRARIES[0], _source(folder / "nothing.s", _note()))
-    _shared(sets["empty"] / "libascendcl.so", _source(sets["empty"] / "zero.s", _assembly(undefined)))
     own = Path(__file__).with_name("acl.c")
     written = set(re.findall(r"\b(?:acl|fake)\w+(?=\()", own.read_text(encoding="utf-8")))
-    looked_up = _names_in(torch_npu / "lib" / "libtorch_npu.so") - written
-    rest = sorted((undefined | looked_up) - written)
-    _shared(sets["device"] / "libascendcl.so", _source(sets["device"] / "zero.s", _assembly(rest)), own)
+    looked_up = _names_in(torch_npu / "lib" / "libtorch_npu.so")
+    _build(sets["empty"], undefined)
+    _build(sets["device"], (undefined | looked_up) - written, own)
     return sets
+
+
+def _build(folder: Path, names: set[str], *sources: Path) -> None:
+    """All libraries into ``folder``: one holds every name, and the others lead there, whichever is asked."""
+    folder.mkdir(parents=True, exist_ok=True)
+    holder = folder / "libascendcl.so"
+    _shared(holder, [_source(folder / "zero.s", _assembly(names)), *sources])
+    for name in LIBRARIES:
+        if name != holder.name:
+            _shared(
+                folder / name,
+                [_source(folder / "nothing.s", _note())],
+                "-Wl,--no-as-needed",
+                f"-L{folder}",
+                "-lascendcl",
+            )
 
 
 def _undefined(of: Iterable[Path], given: Iterable[Path]) -> set[str]:
@@ -112,9 +122,11 @@ def _source(path: Path, text: str) -> Path:
     return path
 
 
-def _shared(target: Path, *sources: Path) -> None:
-    command = ["gcc", "-shared", "-fPIC", "-O1", "-o", str(target), f"-Wl,-soname,{target.name}", *map(str, sources)]
-    subprocess.run(command, check=True)
+def _shared(target: Path, sources: list[Path], *options: str) -> None:
+    name = f"-Wl,-soname,{target.name}"
+    subprocess.run(
+        ["gcc", "-shared", "-fPIC", "-O1", "-o", str(target), name, *map(str, sources), *options], check=True
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Tests of the real torch-npu wheel, over stub libraries."""
