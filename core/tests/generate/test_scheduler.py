@@ -20,14 +20,24 @@ def scheduler(pages: int = 63, page_size: int = 4, slots: int = 8, budget: int =
     return Scheduler(PagePool(pages + 1, page_size), max_requests=slots, max_batch_tokens=budget, **more)
 
 
-def next_token(r: Request) -> int:
+def next_token(tokens: list[int]) -> int:
     """What the stand-in for a model says next: depends on the tokens alone, as greedy decoding does."""
-    return (sum(r.tokens) * 31 + len(r.tokens)) % 97
+    return (tokens[-1] + sum(tokens[-3:]) // 50) % 5
 
 
 def advance(s: Scheduler, step: Step) -> list[Request]:
-    done = {r.request_id: next_token(r) for r, c in zip(step.requests, step.completes, strict=True) if c}
-    return s.finish_step(step, done)
+    """Run the step on the stand-in: a token for each completed request, and those after right guesses."""
+    new = {}
+    for i, (r, completed) in enumerate(zip(step.requests, step.completes, strict=True)):
+        assert step.tokens_of(i)[: r.num_uncomputed] == r.tokens[r.num_computed : r.num_computed + step.query_lens[i]]
+        tokens, guesses = list(r.tokens), step.drafts[i] if step.drafts else []
+        for guessed in [*guesses, None]:
+            tokens.append(next_token(tokens))
+            if tokens[-1] != guessed:
+                break
+        if completed:
+            new[r.request_id] = tokens[len(r.tokens) :]
+    return s.finish_step(step, new)
 
 
 def shape(step: Step) -> list[tuple[int, int]]:
@@ -69,7 +79,7 @@ def test_more_requests_than_slots_wait_for_one() -> None:
 
 def test_a_stop_token_ends_a_request_and_is_not_part_of_it() -> None:
     s = scheduler()
-    r = request(0, 3, stop={next_token(request(0, 3))})
+    r = request(0, 3, stop={next_token(request(0, 3).tokens)})
     s.add(r)
     assert advance(s, s.schedule()) == [r]
     assert (r.finish_reason, r.generated) == ("stop", [])
@@ -158,10 +168,66 @@ def test_an_empty_prompt_is_refused() -> None:
         scheduler().add(request(0, 0))
 
 
-@pytest.mark.parametrize(("slots", "budget"), [(0, 16), (8, 4)])
-def test_impossible_limits_are_refused(slots: int, budget: int) -> None:
+@pytest.mark.parametrize(("slots", "budget", "drafts"), [(0, 16, 0), (8, 4, 0), (8, 16, 1), (8, 16, -2)])
+def test_impossible_limits_are_refused(slots: int, budget: int, drafts: int) -> None:
     with pytest.raises(ConfigError):
-        scheduler(slots=slots, budget=budget)
+        scheduler(slots=slots, budget=budget, num_draft_tokens=drafts)
+
+
+def decoding(tokens: list[int], **more: int) -> tuple[Scheduler, Request]:
+    """A scheduler with one request whose prompt is computed but for its last token."""
+    s = scheduler(num_draft_tokens=4, budget=32, **more)
+    r = Request(0, tokens, SamplingParams(max_new_tokens=20))
+    s.add(r)
+    s.finish_step(s.schedule(), {0: [tokens[1]]})
+    return s, r
+
+
+def test_guesses_make_a_decode_a_verify_step() -> None:
+    s, r = decoding([7, 8, 9, 5, 7])  # and 8: what followed "7 8" comes next
+    step = s.schedule()
+    assert (step.drafts, step.query_lens, step.num_decodes) == ([[9, 5, 7]], [4], 0)
+    assert step.tokens_of(0) == [8, 9, 5, 7]
+    s.finish_step(step, {0: [9, 5, 6]})
+    assert r.generated == [8, 9, 5, 6]
+    assert r.num_uncomputed == 1, "the keys of the wrong guess are not counted"
+
+
+def test_a_request_without_a_guess_goes_along_and_none_at_all_is_a_decode() -> None:
+    s, _ = decoding([7, 8, 9, 5, 7])
+    s.add(request(1, 5))
+    s.finish_step(s.schedule(), {0: [9], 1: [9999]})
+    assert s.schedule().drafts == [[5, 7, 8], [9999, 9999, 9999]]
+    lonely = scheduler(num_draft_tokens=4)
+    lonely.add(request(0, 5))
+    lonely.finish_step(lonely.schedule(), {0: [9999]})
+    assert lonely.schedule().drafts == []
+
+
+def test_prompts_come_before_guesses() -> None:
+    s, _ = decoding([7, 8, 9, 5, 7])
+    s.add(request(1, 5))
+    step = s.schedule()
+    assert (step.drafts, step.query_lens) == ([], [1, 5])
+
+
+def test_a_stop_token_among_right_guesses_ends_the_request_there() -> None:
+    s, r = decoding([7, 8, 9, 5, 7])
+    r.sampling = SamplingParams(max_new_tokens=20, stop_ids=frozenset({5}))
+    step = s.schedule()
+    assert s.finish_step(step, {0: [9, 5]}) == [r]
+    assert (r.generated, r.finish_reason) == ([8, 9], "stop")
+    assert s.pool.num_in_use == 0
+
+
+@pytest.mark.parametrize("limit", [{"max_context_len": 25}, {"pages": 7}])
+def test_without_room_for_guesses_there_are_none(limit: dict[str, int]) -> None:
+    s, r = decoding([7, 8, 9, 5, 7], **limit)
+    while s.has_work:
+        step = s.schedule()
+        assert len(r.tokens) + 3 <= limit.get("max_context_len", 28) or not step.drafts
+        s.finish_step(step, {0: [r.tokens[-4]]})
+    assert len(r.generated) == 20
 
 
 def test_abort_gives_back_every_page_and_keeps_what_was_generated() -> None:
@@ -183,12 +249,13 @@ def test_abort_gives_back_every_page_and_keeps_what_was_generated() -> None:
     st.integers(5, 30),
     st.integers(1, 5),
     st.integers(8, 40),
+    st.sampled_from([0, 0, 2, 4]),
 )
 def test_every_request_gets_what_it_would_get_alone(
-    prompts: list[tuple[int, int, int]], slots: int, budget: int, page_size: int, pages: int
+    prompts: list[tuple[int, int, int]], slots: int, budget: int, page_size: int, pages: int, drafts: int
 ) -> None:
     """Whatever the limits: invariants hold in every step, everything ends, nobody's tokens depend on the others."""
-    s = scheduler(pages=pages, page_size=page_size, slots=slots, budget=budget)
+    s = scheduler(pages=pages, page_size=page_size, slots=slots, budget=budget, num_draft_tokens=drafts)
     requests = []
     for i, (length, new, family) in enumerate(prompts):
         r = Request(i, [family * 100 + n for n in range(length)], SamplingParams(max_new_tokens=new))
@@ -209,7 +276,7 @@ def test_every_request_gets_what_it_would_get_alone(
     for r in requests:
         alone = Request(r.request_id, r.tokens[: r.num_prompt_tokens], r.sampling)
         while len(alone.generated) < r.sampling.max_new_tokens:
-            alone.tokens.append(next_token(alone))
+            alone.tokens.append(next_token(alone.tokens))
         assert (r.generated, r.finish_reason) == (alone.generated, "length")
 
 

@@ -18,6 +18,7 @@ from attn_core.cli.params import FALLBACK_HELP, MODEL, backend_options, chosen_b
 from attn_core.cli.progress import Progress
 
 if TYPE_CHECKING:
+    from attn_core.generate.engine import NewTokens
     from attn_core.generate.scheduler import Request
     from attn_core.generate.session import Queue, Session
 
@@ -38,6 +39,13 @@ if TYPE_CHECKING:
 @click.option("--max-requests", type=int, default=16, show_default=True, help="Prompts that run at once.")
 @click.option("--max-batch-tokens", type=int, default=512, show_default=True, help="Tokens of one step.")
 @click.option("--cuda-graph", is_flag=True, help="Replay decode steps as graphs.")
+@click.option(
+    "--speculative-num-draft-tokens",
+    type=int,
+    default=0,
+    metavar="N",
+    help="Guess from the prompt, and verify N tokens of a request at once: its last one and N - 1 guesses.",
+)
 @click.option("--json", "as_json", is_flag=True, help="As JSON, schema attn/generate.")
 def command(
     prompts: tuple[str, ...],
@@ -103,14 +111,15 @@ def _run(session: Session, requests: list[Request], progress: Progress, *, as_te
     output = OrderedOutput(streams, _write if as_text else _drop, _heading(session.queue, requests))
     prompt_tokens = sum(request.num_prompt_tokens for request in requests)
 
-    def on_step(tokens: list[tuple[Request, int]]) -> None:
-        if tokens:
+    def on_step(new: NewTokens) -> None:
+        if new:
             progress.close()
         elif prompt_tokens > session.queue.scheduler.max_batch_tokens:
             progress("reading the prompts (tokens)", session.engine.figures.prompt_tokens, prompt_tokens)
-        for request, token in tokens:
-            if token not in request.sampling.stop_ids:
-                output.add(request.request_id, token)
+        for request, tokens in new:
+            for token in tokens:
+                if token not in request.sampling.stop_ids:
+                    output.add(request.request_id, token)
             if request.finish_reason is not None:
                 output.finish(request.request_id)
 

@@ -11,6 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from attn_core.generate.decode_graphs import DecodeGraphs
 from attn_core.generate.model import PagedModel
 from attn_core.generate.sampling import Sampler
 from attn_core.generate.scheduler import Request, Scheduler, Step
@@ -23,7 +24,8 @@ STEP_NAMES: Final = {
     ForwardMode.MIXED: "mixed",
     ForwardMode.TARGET_VERIFY: "verify",
 }
-OnStep = Callable[[list[tuple[Request, int]]], None]
+#: What a step brought: requests with their new tokens, a stop token too.
+NewTokens = list[tuple[Request, list[int]]]
 
 
 @dataclass(slots=True)
@@ -42,12 +44,14 @@ class StepFigures:
 
 @dataclass(slots=True)
 class Figures:
-    """What a run took: by mode of step, the most pages in use at once, seconds until the first token came out."""
+    """What a run took: by mode of step, the most pages in use at once, seconds until the first token, guesses made."""
 
     by_mode: dict[ForwardMode, StepFigures] = field(default_factory=dict)
     peak_pages: int = 0
     num_pages: int = 0
     first_token_seconds: float | None = None
+    guessed: int = 0
+    accepted: int = 0
 
     @property
     def prompt_tokens(self) -> int:
@@ -56,17 +60,20 @@ class Figures:
 
 
 class Engine:
-    """Runs the requests of a scheduler through a model, one step after the other."""
+    """Runs the requests of a scheduler through a model, step by step; decodes as graphs if there are any."""
 
-    def __init__(self, model: PagedModel, scheduler: Scheduler) -> None:
+    def __init__(self, model: PagedModel, scheduler: Scheduler, graphs: DecodeGraphs | None = None) -> None:
         self.model = model
         self.scheduler = scheduler
+        self.graphs = graphs
         self.figures = Figures(num_pages=scheduler.pool.num_pages)
         self._samplers: dict[int, Sampler] = {}
         self._began: float | None = None
 
-    def run(self, on_step: OnStep = lambda tokens: None, should_stop: Callable[[], bool] = lambda: False) -> bool:
-        """Step until there is no work. ``on_step`` gets what each step brought: requests with their new token.
+    def run(
+        self, on_step: Callable[[NewTokens], None] = lambda new: None, should_stop: Callable[[], bool] = lambda: False
+    ) -> bool:
+        """Step until there is no work; ``on_step`` gets what each step brought.
 
         ``should_stop`` is asked before each step; then every request keeps what it has. False if it was stopped.
         """
@@ -77,60 +84,82 @@ class Engine:
             on_step(self.step())
         return True
 
-    def step(self) -> list[tuple[Request, int]]:
-        """One step: the requests that it brought a token, and the token."""
+    def step(self) -> NewTokens:
+        """One step: the requests that it brought tokens, and those tokens."""
         if self._began is None:
             self._began = time.perf_counter()
         step = self.scheduler.schedule()
         self.figures.peak_pages = max(self.figures.peak_pages, self.scheduler.pool.num_in_use)
         tokens, batch = build_batch(step, self.scheduler.pool.page_size, self.model.device)
         with self._timed(batch.mode, step):
-            done = [i for i, completed in enumerate(step.completes) if completed]
-            last_rows = batch.query_start_loc[1:].long()[done] - 1
-            logits = self.model.forward(tokens, batch, logits_at=last_rows)
-            requests = [step.requests[i] for i in done]
-            chosen = self._sample(requests, logits) if done else []
-        if chosen and self.figures.first_token_seconds is None:
+            new = self._verify(step, tokens, batch) if step.drafts else self._advance(step, tokens, batch)
+            self.figures.by_mode[batch.mode].new_tokens += sum(len(each) for _, each in new)
+        if new and self.figures.first_token_seconds is None:
             self.figures.first_token_seconds = time.perf_counter() - self._began
-        self.scheduler.finish_step(step, {r.request_id: token for r, token in zip(requests, chosen, strict=True)})
-        return list(zip(requests, chosen, strict=True))
+        self.scheduler.finish_step(step, {request.request_id: each for request, each in new})
+        return new
 
-    def _sample(self, requests: list[Request], logits: Tensor) -> list[int]:
-        """A token for each of ``requests`` from ``logits`` [n, V]."""
-        greedy: list[int] = logits.argmax(-1).tolist()
-        return [
-            greedy[i] if request.sampling.temperature == 0 else self._sampler(request).choose(logits[i])
-            for i, request in enumerate(requests)
-        ]
+    def _advance(self, step: Step, tokens: Tensor, batch: ForwardBatch) -> NewTokens:
+        """One more token for each request whose tokens are all computed by this step."""
+        done = [i for i, completed in enumerate(step.completes) if completed]
+        if batch.mode is ForwardMode.DECODE and self.graphs is not None:
+            logits = self.graphs.forward(tokens, batch)[done]
+        else:
+            logits = self.model.forward(tokens, batch, logits_at=batch.query_start_loc[1:].long()[done] - 1)
+        greedy = logits.argmax(-1).tolist()
+        requests = [step.requests[i] for i in done]
+        return [(r, [self._choose(r, logits[i], greedy[i])]) for i, r in enumerate(requests)]
 
-    def _sampler(self, request: Request) -> Sampler:
+    def _verify(self, step: Step, tokens: Tensor, batch: ForwardBatch) -> NewTokens:
+        """For each request the guesses up to the first that is wrong, and the right token in its place.
+
+        Each token is chosen from its own logits and compared with the guess, so that the tokens, or with a temperature
+        their distribution, are what they would be one by one.
+        """
+        logits = self.model.forward(tokens, batch)
+        logits = logits.view(len(step.requests), -1, logits.shape[-1])
+        greedy = logits.argmax(-1).tolist()
+        new: NewTokens = []
+        for b, (request, drafts) in enumerate(zip(step.requests, step.drafts, strict=True)):
+            chosen: list[int] = []
+            for i, draft in enumerate([*drafts, None]):
+                chosen.append(self._choose(request, logits[b, i], greedy[b][i]))
+                if chosen[-1] != draft or chosen[-1] in request.sampling.stop_ids:
+                    break
+            self.figures.guessed += len(drafts)
+            self.figures.accepted += len(chosen) - 1
+            room = request.sampling.max_new_tokens - len(request.generated)
+            new.append((request, chosen[:room]))
+        return new
+
+    def _choose(self, request: Request, logits: Tensor, greedy: int) -> int:
+        """The next token of ``request`` after ``logits`` [V], whose largest is at ``greedy``."""
+        if request.sampling.temperature == 0:
+            return greedy
         if request.request_id not in self._samplers:
             self._samplers[request.request_id] = Sampler(request.sampling, request.request_id)
-        return self._samplers[request.request_id]
+        return self._samplers[request.request_id].choose(logits)
 
     @contextmanager
     def _timed(self, mode: ForwardMode, step: Step) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
         figures = self.figures.by_mode.setdefault(mode, StepFigures())
         figures.steps += 1
-        figures.seconds += time.perf_counter() - began
-        prompt = sum(
+        figures.prompt_tokens += sum(
             min(n, max(0, r.num_prompt_tokens - r.num_computed))
             for r, n in zip(step.requests, step.query_lens, strict=True)
         )
-        figures.prompt_tokens += prompt
-        figures.new_tokens += sum(step.completes)
+        began = time.perf_counter()
+        yield
+        figures.seconds += time.perf_counter() - began
 
 
 def build_batch(step: Step, page_size: int, device: torch.device | str) -> tuple[Tensor, ForwardBatch]:
     """The tokens [T] int64 of a step and its batch, on ``device``."""
-    spans = [(r, r.num_computed, r.num_computed + n) for r, n in zip(step.requests, step.query_lens, strict=True)]
-    tokens = [token for request, first, end in spans for token in request.tokens[first:end]]
+    tokens = [token for i in range(len(step.requests)) for token in step.tokens_of(i)]
     batch = ForwardBatch.build(
         mode_of(step),
         query_lens=step.query_lens,
-        seq_lens=[end for _, _, end in spans],
+        seq_lens=[r.num_computed + n for r, n in zip(step.requests, step.query_lens, strict=True)],
         pages=[request.pages for request in step.requests],
         page_size=page_size,
         device=device,
@@ -139,7 +168,9 @@ def build_batch(step: Step, page_size: int, device: torch.device | str) -> tuple
 
 
 def mode_of(step: Step) -> ForwardMode:
-    """DECODE if every request has one token, EXTEND if none in front has, else MIXED."""
+    """TARGET_VERIFY with guesses; DECODE if every request has one token, EXTEND if none in front has, else MIXED."""
+    if step.drafts:
+        return ForwardMode.TARGET_VERIFY
     if all(n == 1 for n in step.query_lens):
         return ForwardMode.DECODE
     return ForwardMode.MIXED if step.query_lens[0] == 1 else ForwardMode.EXTEND

@@ -121,7 +121,7 @@ def _report_loading(progress: Progress) -> None:
     def count(make: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _counted(args[0], progress) if args else make(*args, **kwargs)
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     progress("loading weights", 0, 1)
     if hasattr(logging, "set_tqdm_hook"):  # since transformers 5.18
         logging.set_tqdm_hook(count)

@@ -84,8 +84,21 @@ class PagedModel:
         Raises BatchError for a batch that this model cannot mean.
         """
         self._check_batch(tokens, batch)
-        step = PagedStep(self.layers, self.backend, batch)
         self.backend.init_forward_metadata(batch)
+        return self.run(tokens, batch, logits_at=logits_at, sees_encoder=sees_encoder, inputs=inputs)
+
+    @torch.inference_mode()
+    def run(
+        self,
+        tokens: Tensor,
+        batch: ForwardBatch,
+        *,
+        logits_at: Tensor | None = None,
+        sees_encoder: Tensor | None = None,
+        inputs: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """``forward`` of a batch whose metadata is prepared, as a graph is captured."""
+        step = PagedStep(self.layers, self.backend, batch)
         outputs = self.model(
             input_ids=tokens[None],
             position_ids=(positions_of(batch) + self.architecture.first_position)[None],
@@ -140,12 +153,15 @@ class PagedModel:
 def positions_of(batch: ForwardBatch) -> Tensor:
     """[T] int64: the position of each new token in its sequence, from 0; without host synchronisation.
 
-    Draft tokens of a tree stand at the prefix length plus the number of their ancestors.
+    Draft tokens of a tree stand at the prefix length plus the number of their ancestors. The one token of a padded
+    request, whose length may be 0, is at 0.
     """
+    if batch.mode is ForwardMode.DECODE:
+        return (batch.seq_lens.long() - 1).clamp(min=0)
     starts = batch.query_start_loc.long()
     query_lens = starts[1:] - starts[:-1]
     before = batch.seq_lens.long() - query_lens
-    if batch.mode is ForwardMode.TARGET_VERIFY and batch.tree is not None:
+    if batch.tree is not None:
         return (before[:, None] + batch.tree.depths()).flatten()
     rows = torch.arange(batch.num_tokens, device=batch.device)
     return rows + torch.repeat_interleave(before - starts[:-1], query_lens, output_size=batch.num_tokens)

@@ -26,6 +26,8 @@ def lines(session: Session, requests: Sequence[Request], loaded: float, *, finis
         f"({config.kv_layout}, {stored}); {sum(r.num_reused for r in requests)} prompt tokens found in it",
         f"ran    {ran or 'nothing'}",
     ]
+    if figures.guessed:
+        said.append(f"guess  {figures.accepted} of {figures.guessed} guessed tokens were right")
     if preempted := sum(r.num_preemptions for r in requests):
         said.append(f"full   {preempted} times a request gave its pages back and was computed again; see --cache-mib")
     if not finished:
@@ -71,6 +73,7 @@ def document(
             for mode, f in figures.by_mode.items()
         },
         "pages": {"peak": figures.peak_pages, "total": figures.num_pages},
+        "guesses": {"made": figures.guessed, "right": figures.accepted},
         "load_seconds": round(loaded, 3),
         "first_token_seconds": figures.first_token_seconds and round(figures.first_token_seconds, 6),
     }

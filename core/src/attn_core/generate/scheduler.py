@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from attn_core.errors import CacheFullError, ConfigError, RequestTooLongError
 from attn_core.generate.page_pool import FilledPage, PagePool
+from attn_core.generate.prompt_lookup import guess
 from attn_core.generate.sampling import SamplingParams
 
 
@@ -43,11 +44,15 @@ class Request:
 
 @dataclass(slots=True)
 class Step:
-    """What runs at once: ``query_lens[i]`` new tokens of ``requests[i]``; the first ``num_decodes`` have one each."""
+    """What runs at once: ``query_lens[i]`` new tokens of ``requests[i]``; the first ``num_decodes`` have one each.
+
+    With ``drafts`` it is a verify step: every request has its last token and as many guesses as every other.
+    """
 
     requests: list[Request] = field(default_factory=list)
     query_lens: list[int] = field(default_factory=list)
     num_decodes: int = 0
+    drafts: list[list[int]] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -56,7 +61,13 @@ class Step:
     @property
     def completes(self) -> list[bool]:
         """For each request, whether the step computes its last token, so that the next one can be sampled."""
-        return [r.num_uncomputed == n for r, n in zip(self.requests, self.query_lens, strict=True)]
+        return [r.num_uncomputed <= n for r, n in zip(self.requests, self.query_lens, strict=True)]
+
+    def tokens_of(self, index: int) -> list[int]:
+        """The new tokens of request ``index``, guesses last."""
+        request, drafts = self.requests[index], self.drafts[index] if self.drafts else []
+        end = request.num_computed + self.query_lens[index] - len(drafts)
+        return request.tokens[request.num_computed : end] + drafts
 
 
 class Scheduler:
@@ -68,8 +79,20 @@ class Scheduler:
     """
 
     def __init__(
-        self, pool: PagePool, *, max_requests: int, max_batch_tokens: int, max_context_len: int | None = None
+        self,
+        pool: PagePool,
+        *,
+        max_requests: int,
+        max_batch_tokens: int,
+        max_context_len: int | None = None,
+        num_draft_tokens: int = 0,
     ) -> None:
+        """``num_draft_tokens``: tokens of a request that a verify step checks, its last one and guesses; 0 is off."""
+        if num_draft_tokens == 1 or num_draft_tokens < 0:
+            raise ConfigError(
+                f"speculative_num_draft_tokens is {num_draft_tokens}",
+                accepted="0 (off), or from 2: the last token and guesses",
+            )
         if max_requests < 1:
             raise ConfigError(f"max_requests is {max_requests}", accepted="an integer from 1")
         if max_batch_tokens < max_requests:
@@ -82,6 +105,7 @@ class Scheduler:
         self.max_requests = max_requests
         self.max_batch_tokens = max_batch_tokens
         self.max_context_len = max_context_len
+        self.num_draft_tokens = num_draft_tokens
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
 
@@ -128,19 +152,30 @@ class Scheduler:
         self._schedule_chunks(step)
         if not preempted:
             self._admit(step)
+        if self.num_draft_tokens and step.num_decodes == len(step.requests):
+            self._draft(step)
         assert step.requests or not self.has_work, "work, but nothing can run"
         return step
 
-    def finish_step(self, step: Step, sampled: dict[int, int]) -> list[Request]:
-        """Account for a step that ran; ``sampled`` has a token by request id for each that it completed.
+    def finish_step(self, step: Step, sampled: dict[int, list[int]]) -> list[Request]:
+        """Account for a step that ran; ``sampled`` has the new tokens by request id for each that it completed.
 
-        Gives the requests that are finished now; their pages are given back.
+        In a verify step those are the accepted guesses and the token after them. Gives the requests that are finished
+        now; their pages are given back.
         """
         finished = []
         for request, n in zip(step.requests, step.query_lens, strict=True):
-            request.num_computed += n
-            self.pool.publish(request.tokens, request.pages, request.filled, request.num_computed)
-            if request.request_id in sampled and self._append(request, sampled[request.request_id]):
+            new = sampled.get(request.request_id, [])
+            # Of a verify step's keys only those of the last token and of accepted guesses stay.
+            request.num_computed += len(new) if step.drafts else n
+            for token in new:
+                self._append(request, token)
+            # A stop token among the accepted guesses leaves keys behind it that belong to no token of the request.
+            written = min(request.num_computed, len(request.tokens))
+            self.pool.publish(request.tokens, request.pages, request.filled, written)
+            if request.finish_reason is not None:
+                self.running.remove(request)
+                self._give_back(request)
                 finished.append(request)
         return finished
 
@@ -214,18 +249,36 @@ class Scheduler:
             # are left out, since they may run among the decodes, apart from the prompts.
             self.pool.publish(request.tokens, request.pages, request.filled, request.num_computed + n)
 
-    def _append(self, request: Request, token: int) -> bool:
-        """Add a sampled token; True if the request is finished by it."""
+    def _draft(self, step: Step) -> None:
+        """Make a step of decodes a verify step, if there is a guess for any request and room for guesses for all."""
+        length, requests = self.num_draft_tokens, step.requests
+        guesses = [guess(request.tokens, length - 1) for request in requests]
+        ends = [len(request.tokens) + length - 1 for request in requests]
+        missing = [max(0, self.pool.pages_for(e) - len(r.pages)) for r, e in zip(requests, ends, strict=True)]
+        if (
+            not any(guesses)
+            or length * len(requests) > self.max_batch_tokens
+            or sum(missing) > self.pool.num_available
+            or (self.max_context_len is not None and max(ends) > self.max_context_len)
+        ):
+            return
+        for request, count in zip(requests, missing, strict=True):
+            request.pages += self.pool.take(count)
+        # A request without a guess guesses its last token again: all have the same number.
+        step.drafts = [g + [r.tokens[-1]] * (length - 1 - len(g)) for r, g in zip(requests, guesses, strict=True)]
+        step.query_lens = [length] * len(requests)
+        step.num_decodes = 0
+
+    def _append(self, request: Request, token: int) -> None:
+        """Add a sampled token, unless the request is finished or it is what finishes it."""
+        if request.finish_reason is not None:
+            return
         if token in request.sampling.stop_ids:
             request.finish_reason = "stop"
-        else:
-            request.tokens.append(token)
-            if len(request.generated) == request.sampling.max_new_tokens:
-                request.finish_reason = "length"
-        if request.finish_reason is not None:
-            self.running.remove(request)
-            self._give_back(request)
-        return request.finish_reason is not None
+            return
+        request.tokens.append(token)
+        if len(request.generated) == request.sampling.max_new_tokens:
+            request.finish_reason = "length"
 
     def _give_back(self, request: Request) -> None:
         self.pool.release(request.pages)

@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 
 from attn_core.errors import CacheFullError, ConfigError, UsageError
+from attn_core.generate.decode_graphs import DecodeGraphs
 from attn_core.generate.engine import Engine
 from attn_core.generate.loading import load_model, load_tokenizer, read_config, stop_ids
 from attn_core.generate.model import PagedModel, check_served
@@ -49,6 +50,8 @@ class ServingOptions:
     max_requests: int = 16
     max_batch_tokens: int = 512
     cuda_graph: bool = False
+    #: tokens of a request that a verify step checks, its last one and guesses; 0 is off
+    speculative_num_draft_tokens: int = 0
 
 
 class Queue:
@@ -61,7 +64,13 @@ class Queue:
         config = text_config(self.files, self.device, options)
         self.hf_config = read_config(self.files)
         check_served(self.hf_config, has_cross=False)
-        self.plan: Plan = plan(config, options.backends, system=system, fallback=options.fallback)
+        # Guesses come from the prompt, so that there is no draft model and no draft phase.
+        phases: tuple[Phase, ...] = (
+            "prefill",
+            "decode",
+            *(("verify",) if options.speculative_num_draft_tokens else ()),
+        )
+        self.plan: Plan = plan(config, options.backends, system=system, fallback=options.fallback, phases=phases)
         self.num_pages = num_pages(self.plan.config, self.device, options.cache_mib)
         assert self.plan.config.page_size is not None
         self.scheduler = Scheduler(
@@ -69,6 +78,7 @@ class Queue:
             max_requests=options.max_requests,
             max_batch_tokens=options.max_batch_tokens,
             max_context_len=self.plan.config.max_context_len,
+            num_draft_tokens=options.speculative_num_draft_tokens,
         )
         self.tokenizer: Any = load_tokenizer(self.files)
         self._stop_ids = stop_ids(self.files, self.tokenizer)
@@ -103,7 +113,9 @@ class Session:
         model = load_model(queue.files, queue.hf_config, dtype=dtype, device=queue.device, progress=progress)
         self.cache = allocate(queue.plan.config, queue.num_pages, queue.device)
         self.witness = Witness(build(queue.plan, self.cache))
-        self.engine = Engine(PagedModel(model, queue.plan.config, self.witness.backend), queue.scheduler)
+        paged = PagedModel(model, queue.plan.config, self.witness.backend)
+        graphs = _decode_graphs(paged, queue.scheduler) if queue.plan.config.cuda_graph else None
+        self.engine = Engine(paged, queue.scheduler, graphs)
 
 
 def text_config(files: ModelFiles, device: str, options: ServingOptions) -> AttentionConfig:
@@ -122,6 +134,7 @@ def text_config(files: ModelFiles, device: str, options: ServingOptions) -> Atte
         kv_cache_dtype=options.kv_cache_dtype,
         page_size=options.page_size,
         cuda_graph=options.cuda_graph,
+        speculative_num_draft_tokens=options.speculative_num_draft_tokens,
     )
 
 
@@ -196,6 +209,13 @@ def allocate(config: AttentionConfig, count: int, device: str) -> KVCache:
             f"a cache of {mib:.0f} MiB cannot be allocated on {device}: {str(error).splitlines()[0]}",
             hint="a smaller --cache-mib",
         ) from error
+
+
+def _decode_graphs(model: PagedModel, scheduler: Scheduler) -> DecodeGraphs:
+    """Graphs for the largest batch and the longest sequence that the queued requests can come to."""
+    requests = scheduler.waiting
+    longest = max((len(r.tokens) + r.sampling.max_new_tokens for r in requests), default=1)
+    return DecodeGraphs(model, max_batch_size=max(1, min(scheduler.max_requests, len(requests))), max_seq_len=longest)
 
 
 def _module(name: str) -> Any:

@@ -1,0 +1,175 @@
+"""The engine on a tiny model: guesses and graphs change no token, mixed plans split, devices and caches are checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from attn_core import register
+from attn_core.errors import AttnError, CacheFullError, ConfigError, UsageError
+from attn_core.generate import session as session_module
+from attn_core.generate.decode_graphs import batch_sizes
+from attn_core.generate.engine import StepFigures
+from attn_core.generate.session import MIB, Queue, ServingOptions, Session, allocate, num_pages, pick_device
+from attn_core.planning.config import AttentionConfig, LayerKind
+from attn_core.planning.system import System
+from attn_core.runtime.batch import ForwardMode
+from attn_core.runtime.kv_cache import KVCache
+from attn_core.runtime.torch_native.backend import TorchNativeBackend
+
+PROMPTS = ["ab ab ab", "a table, a chair, a table", "xyz"]
+
+#: torch_native under another name, which declares what its code can do on a CPU too: graphs, driven eagerly there
+MANIFEST = """
+schema = 1
+name = "other"
+protocol = ">=1.0,<2"
+summary = "torch_native by another name"
+[[supports]]
+phases = ["prefill", "decode", "verify"]
+device = "cpu"
+kind = "mha"
+dtypes = ["float32"]
+kv_dtypes = ["auto"]
+head_dims = "any"
+page_sizes = "any"
+kv_layouts = ["NHD"]
+features = ["cuda_graph", "verify_chain"]
+"""
+
+
+class Other(TorchNativeBackend):
+    name = "other"
+
+
+@pytest.fixture(autouse=True)
+def other() -> Iterator[None]:
+    with register(Other, MANIFEST):
+        yield
+
+
+def silent(_what: str, _done: int, _total: int) -> None:
+    return None
+
+
+def serve(folder: Path, sampling: dict[str, Any] | None = None, **options: Any) -> tuple[Session, list[list[int]]]:
+    torch.set_num_threads(1)
+    queue = Queue(ServingOptions(model=str(folder), device="cpu", **options), silent)
+    requests = [queue.add(prompt, {"max_new_tokens": 30, **(sampling or {})}) for prompt in PROMPTS]
+    session = Session(queue, silent)
+    assert session.engine.run()
+    return session, [request.generated for request in requests]
+
+
+NATIVE = {"backends": {"prefill": "torch_native", "decode": "torch_native", "verify": "torch_native"}}
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.05, "seed": 3}], ids=["greedy", "drawn"])
+def test_guesses_change_no_token(sampling: dict[str, Any], tiny_folder: Path) -> None:
+    _, wanted = serve(tiny_folder, sampling, **NATIVE)
+    session, tokens = serve(tiny_folder, sampling, **NATIVE, speculative_num_draft_tokens=4)
+    assert tokens == wanted
+    figures = session.engine.figures
+    assert session.witness.by_phase()["verify"] == ("torch_native",)
+    assert 0 < figures.accepted < figures.guessed, "right and wrong guesses were both met"
+    assert sum(f.new_tokens for f in figures.by_mode.values()) == sum(map(len, tokens))
+
+
+def test_graphs_change_no_token_and_replay_at_every_size(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, wanted = serve(tiny_folder, **NATIVE)
+    sizes: list[int] = []
+    original = session_module.DecodeGraphs.forward
+
+    def counted(self: Any, tokens: Any, batch: Any) -> Any:
+        sizes.append(batch.batch_size)
+        return original(self, tokens, batch)
+
+    monkeypatch.setattr(session_module.DecodeGraphs, "forward", counted)
+    session, tokens = serve(tiny_folder, backends={"prefill": "other", "decode": "other"}, cuda_graph=True)
+    assert tokens == wanted
+    assert sizes.count(3) == session.engine.figures.by_mode[ForwardMode.DECODE].steps == 29
+    assert session.witness.by_phase()["decode"] == ("other",)
+
+
+def test_graphs_that_no_backend_has_are_refused(tiny_folder: Path) -> None:
+    with pytest.raises(AttnError, match="cuda_graph"):
+        serve(tiny_folder, **NATIVE, cuda_graph=True)
+
+
+def test_a_mixed_step_is_split_between_two_backends(tiny_folder: Path) -> None:
+    _, wanted = serve(tiny_folder, **NATIVE)
+    session, tokens = serve(
+        tiny_folder, backends={"prefill": "torch_native", "decode": "other"}, max_batch_tokens=16, max_requests=4
+    )
+    assert tokens == wanted
+    assert ForwardMode.MIXED in session.engine.figures.by_mode
+    assert session.witness.by_phase() == {"prefill": ("torch_native",), "decode": ("other",)}
+
+
+def test_figures_add_up(tiny_folder: Path) -> None:
+    session, tokens = serve(tiny_folder, **NATIVE, page_size=4)
+    figures = session.engine.figures
+    assert figures.prompt_tokens == sum(map(len, PROMPTS))
+    assert sum(f.new_tokens for f in figures.by_mode.values()) == sum(map(len, tokens)) == 90
+    assert figures.peak_pages == sum(-(-(len(prompt) + 29) // 4) for prompt in PROMPTS)
+    assert figures.first_token_seconds is not None
+    assert figures.first_token_seconds <= sum(f.seconds for f in figures.by_mode.values()) + 1
+
+
+def test_a_rate_without_time_is_zero() -> None:
+    assert StepFigures().tokens_per_second == 0
+
+
+@pytest.mark.parametrize(("largest", "sizes"), [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (16, [1, 2, 4, 8, 16])])
+def test_graphs_are_captured_of_powers_of_two_and_the_largest(largest: int, sizes: list[int]) -> None:
+    assert batch_sizes(largest) == sizes
+
+
+CONFIG = AttentionConfig(
+    layers=(LayerKind(4, 2, 16, 16, layer_ids=(0, 1)),), dtype="float32", page_size=16, kv_layout="NHD"
+)
+
+
+def test_a_cache_has_the_pages_that_its_size_holds() -> None:
+    assert KVCache.bytes_per_page(CONFIG) == 2 * 2 * 2 * 16 * 16 * 4
+    assert num_pages(CONFIG, "cpu", 1) == MIB // 8192
+    assert num_pages(CONFIG, "cpu", None) == 64 * MIB // 8192
+    assert num_pages(CONFIG, "cuda", None) == 1024 * MIB // 8192
+
+
+def test_impossible_caches_are_refused() -> None:
+    with pytest.raises(ConfigError):
+        num_pages(CONFIG, "cpu", -1)
+    with pytest.raises(CacheFullError, match="--cache-mib"):
+        num_pages(CONFIG.replace(page_size=8192), "cpu", 1)
+    with pytest.raises(CacheFullError, match="cannot be allocated"):
+        allocate(CONFIG, 2**45, "cpu")
+
+
+HERE: dict[str, tuple[System, bool, str | None, str | None]] = {
+    "a CPU machine": (System("cpu"), False, None, "cpu"),
+    "a GPU that torch can use": (System("cuda", "sm_90"), True, None, "cuda"),
+    "a GPU that torch cannot use": (System("cuda", "sm_90"), False, None, "cpu"),
+    "the CPU of a GPU machine": (System("cuda", "sm_90"), True, "cpu", "cpu"),
+    "an AMD GPU, which torch calls cuda": (System("rocm", "gfx942"), True, None, "cuda"),
+    "a GPU that is not there": (System("cpu"), False, "cuda", None),
+    "a GPU that this torch was not built for": (System("cuda", "sm_90"), False, "cuda", None),
+    "another accelerator": (System("cuda", "sm_90"), True, "npu", None),
+}
+
+
+@pytest.mark.parametrize("machine", HERE)
+def test_the_device_is_what_is_here(machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, usable, asked, chosen = HERE[machine]
+    monkeypatch.setattr(session_module, "detect", lambda force=None: System("cpu") if force == "cpu" else here)
+    monkeypatch.setattr(session_module, "is_usable", lambda device: device == "cpu" or usable)
+    if chosen is None:
+        with pytest.raises(UsageError, match="cannot be used here"):
+            pick_device(asked)
+        return
+    device, system = pick_device(asked)
+    assert device == chosen
+    assert system.device == ("cpu" if chosen == "cpu" else here.device)
