@@ -10,17 +10,18 @@ from torch import Tensor
 from attn_core.errors import BatchError, ConfigError
 from attn_core.planning.config import AttentionConfig
 from attn_core.runtime.backend import AttentionBackend
-from attn_core.runtime.kv_cache import KVCache
+from attn_core.runtime.kv_cache import TORCH_DTYPES, KVCache
 from attn_core.runtime.layer import AttentionLayer
 from attn_triton.chip import Chip
 from attn_triton.decode import BoundDecode, DecodeKernels
 from attn_triton.extend import BoundExtend, ExtendKernels
 from attn_triton.graphs import GraphBuffers
 from attn_triton.kinds import BoundLayer, Kind, bind_layer, score_scale
-from attn_triton.launch import Launchers
+from attn_triton.launch import Launchers, current_stream
 from attn_triton.ragged import attend_rows
 from attn_triton.route import by_split
 from attn_triton.step import Step, prepare_tree, step_of
+from attn_triton.warm import layers_of, warm_batches, warm_layer
 from attn_triton.workspace import Workspace
 from attn_triton.write import BoundWrite, bind_write, check_rows
 
@@ -38,19 +39,24 @@ class TritonBackend(AttentionBackend):
     name: ClassVar[str] = "triton"
     cuda_graph_seq_len_fill_value: ClassVar[int] = 0
 
-    def __init__(self, config: AttentionConfig, kv_cache: KVCache) -> None:
+    def __init__(
+        self, config: AttentionConfig, kv_cache: KVCache, *, chip: Chip | None = None, launchers: Launchers | None = None
+    ) -> None:
+        """``chip`` and ``launchers`` stand in for the cache's device where kernels are compiled for another one."""
         super().__init__(config, kv_cache)
         device = kv_cache.device
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
-        self.chip = Chip.of(device)
-        self.launchers = Launchers(device, dependent=self.chip.dependent_launch)
+        self.chip = chip or Chip.of(device)
+        self.launchers = launchers or Launchers(device, dependent=self.chip.dependent_launch)
         self.decode = DecodeKernels(self.chip, self.launchers)
         self.extend = ExtendKernels(self.chip, self.launchers, invariant=config.batch_invariant)
         self._layers: dict[AttentionLayer, BoundLayer] = {}
         self._kinds: dict[Kind, int] = {}
         self._workspaces: dict[int, Workspace] = {}
+        self._stream = current_stream(device)
+        self._examples: list[BoundLayer] | None = None
         self._graphs: GraphBuffers | None = None
 
     def init_forward_metadata(self, batch: ForwardBatch) -> None:
@@ -58,6 +64,13 @@ class TritonBackend(AttentionBackend):
         step = step_of(batch)
         prepare_tree(step, self.launchers)
         batch.plan_state = step
+
+    def warmup(self, config: AttentionConfig) -> None:
+        """Compile what ``config`` needs, at the usual batch sizes, by running steps over the null page."""
+        for batch in warm_batches(config, self.kv_cache.page_size, self.device):
+            self.init_forward_metadata(batch)
+            for kind in config.layers:
+                warm_layer(self, config, kind, batch)
 
     def forward_decode(
         self,
@@ -110,6 +123,34 @@ class TritonBackend(AttentionBackend):
         bound = self._bound(layer, k.dtype)
         check_rows(k, v, bound.kind.geometry, slot_mapping)
         bind_write(self.launchers, bound, k, v, slot_mapping).run(k, v, bound)
+
+    def init_cuda_graph_state(self, max_batch_size: int, max_num_tokens: int) -> None:
+        query_len = -(-max_num_tokens // max(1, max_batch_size))
+        kinds = [bound.kind for bound in self._of_config()]
+        parts = max((self.decode.most_part_elements(kind, n) for kind in kinds for n in {1, query_len}), default=0)
+        self._graphs = GraphBuffers(self.config, self.kv_cache, max_batch_size, max_num_tokens, parts)
+
+    def init_forward_metadata_capture_cuda_graph(self, batch: ForwardBatch) -> None:
+        self._check_device()
+        step = self._shared().capture(batch, self.launchers)
+        for bound in self._of_config():
+            if by_split(step, bound.kind, invariant=self.config.batch_invariant):
+                self.decode.prepare(step, bound.kind)
+        batch.plan_state = step
+
+    def init_forward_metadata_replay_cuda_graph(self, batch: ForwardBatch) -> None:
+        batch.plan_state = self._shared().replay(batch)
+
+    def _of_config(self) -> list[BoundLayer]:
+        """A layer of each cached kind of the config, bound."""
+        if self._examples is None:
+            self._examples = [self._bind(layer, TORCH_DTYPES[self.config.dtype]) for layer in layers_of(self.config)]
+        return self._examples
+
+    def _shared(self) -> GraphBuffers:
+        if self._graphs is None:
+            raise ConfigError("no buffers for CUDA graphs", hint="call init_cuda_graph_state(max_batch_size, max_num_tokens) once")
+        return self._graphs
 
     def _forward(
         self,
@@ -189,10 +230,8 @@ class TritonBackend(AttentionBackend):
     def _workspace(self, step: Step) -> Workspace:
         """The workspace of the current stream, or the one that graphs share."""
         if step.captured:
-            assert self._graphs is not None
-            return self._graphs.workspace
-        stream = 0 if self.device.type == "cpu" else torch._C._cuda_getCurrentRawStream(self.device.index)
-        return self._workspaces.setdefault(stream, Workspace(self.device))
+            return self._shared().workspace
+        return self._workspaces.setdefault(self._stream(), Workspace(self.device))
 
     def _check_device(self) -> None:
         if self.device.type == "cuda" and torch.cuda.current_device() != self.device.index:

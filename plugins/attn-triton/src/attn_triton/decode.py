@@ -13,6 +13,7 @@ from attn_triton.kernels.decode import decode_kernel
 from attn_triton.kernels.join import merge_kernel, schedule_kernel
 from attn_triton.kinds import BoundLayer, Kind, value_scale
 from attn_triton.launch import Bound, Launchers
+from attn_triton.parameters import LOADS, decode_tile
 from attn_triton.split import Cut, cut_keys
 from attn_triton.step import Keys, Step
 from attn_triton.workspace import Workspace
@@ -31,6 +32,13 @@ class Schedule:
     bounds: Tensor
     first: Tensor
     owners: Tensor
+    refresh: Bound | None = None
+    grid: int = 0
+
+    def run(self) -> None:
+        """Cut the line anew, from what the lengths are now."""
+        if self.refresh is not None:
+            self.refresh.launch(self.grid)
 
 
 @dataclass(slots=True, eq=False)
@@ -150,6 +158,13 @@ class DecodeKernels:
             window=kind.window,
         )
 
+    def prepare(self, step: Step, kind: Kind) -> None:
+        """Make the schedule that layers of ``kind`` will need in ``step``, before a capture begins."""
+        keys = step.keys(kind.cross)
+        cut = self.cut(step, kind, keys)
+        if not cut.fixed:
+            self.schedule(step, kind, keys, cut)
+
     def schedule(self, step: Step, kind: Kind, keys: Keys, cut: Cut) -> Schedule:
         """The cut line, made on the device once a step for all kinds of layers that cut alike."""
         key = (kind.cross, kind.window, cut)
@@ -158,27 +173,33 @@ class DecodeKernels:
             sizes = [step.batch_size + 1, cut.groups + 1, cut.groups, 2 * step.batch_size]
             parts = torch.empty(sum(sizes), dtype=torch.int32, device=keys.lengths.device).split(sizes)
             found = step.schedules[key] = Schedule(*parts)
-            self.refresh_schedule(step, kind.window, keys, cut, found)
+            launcher = self._launchers.get(
+                schedule_kernel,
+                {
+                    "BATCH": power_of_two_from(max(2, step.batch_size)), "BN": cut.tile.block_n, "SINGLE": step.single,
+                    "WINDOW": kind.window is not None,
+                },
+                {"num_warps": 4},
+                (),
+            )  # fmt: skip
+            args = [
+                keys.lengths, step.starts, found.line, found.bounds, found.first, found.owners, step.batch_size,
+                cut.groups, cut.stream_groups, cut.splits, kind.window or 0,
+            ]  # fmt: skip
+            found.refresh, found.grid = Bound(launcher, args), max(cut.groups + 1, step.batch_size)
+            found.run()
         return found
 
-    def refresh_schedule(self, step: Step, window: int | None, keys: Keys, cut: Cut, into: Schedule) -> None:
-        """Fill ``into`` from what the lengths are now."""
-        launcher = self._launchers.get(
-            schedule_kernel,
-            {
-                "BATCH": power_of_two_from(max(2, step.batch_size)), "BN": cut.tile.block_n, "SINGLE": step.single,
-                "WINDOW": window is not None,
-            },
-            {"num_warps": 4},
-            (),
-        )  # fmt: skip
-        launcher(
-            (max(cut.groups + 1, step.batch_size), 1),
-            [
-                keys.lengths, step.starts, into.line, into.bounds, into.first, into.owners, step.batch_size, cut.groups,
-                cut.stream_groups, cut.splits, window or 0,
-            ],
-        )  # fmt: skip
+    def most_part_elements(self, kind: Kind, query_len: int) -> int:
+        """Elements of partial results that steps of ``query_len`` queries a request can need, whatever their batch and lengths."""
+        geometry, rows = kind.geometry, query_len * kind.geometry.group
+        tiles = [decode_tile(self.chip, geometry, rows, load) for load in LOADS]
+        heads = [geometry.num_kv_heads * -(-rows // tile.block_m) for tile in tiles]
+        most = [
+            2 * max(self.chip.multiprocessors * tile.per_sm, count) * tile.block_m
+            for tile, count in zip(tiles, heads, strict=True)
+        ]
+        return max(most) * (sum(geometry.v_parts) + 1)
 
 
 def part_rows(cut: Cut, geometry: Geometry) -> int:

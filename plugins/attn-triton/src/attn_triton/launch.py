@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from attn_core.errors import KernelError
+
+
+def current_stream(device: torch.device) -> Callable[[], int]:
+    """What gives the current stream of ``device`` as a number; a CPU has one, 0."""
+    if device.type == "cpu":
+        return int
+    return functools.partial(torch._C._cuda_getCurrentRawStream, device.index)
 
 
 def interpreted(kernel: Any) -> bool:
@@ -24,20 +32,21 @@ class Launcher:
     pattern of that. The dtypes of the arguments must be the same in every call.
     """
 
-    __slots__ = ("_constants", "_kernel", "_options", "_variants", "device", "interpreted", "name", "specialised", "tail")
+    __slots__ = ("_variants", "constants", "interpreted", "kernel", "name", "options", "specialised", "stream", "tail")
 
     def __init__(self, kernel: Any, constants: Mapping[str, Any], options: Mapping[str, Any], device: torch.device) -> None:
-        self._kernel = kernel
+        self.kernel = kernel
         self.name = kernel.__name__
-        self.device = device
         self.interpreted = interpreted(kernel)
-        self._options = {} if self.interpreted else dict(options)
+        self.options = {} if self.interpreted else dict(options)
+        #: the current stream of the device, as the driver takes it
+        self.stream = current_stream(device)
         names = tuple(kernel.arg_names)
-        self._constants = {name: constants[name] for name in names if name in constants}
-        assert len(self._constants) == len(constants), f"{set(constants) - set(names)} are no parameters of {self.name}"
-        self.tail = tuple(self._constants.values())
+        self.constants = {name: constants[name] for name in names if name in constants}
+        assert len(self.constants) == len(constants), f"{set(constants) - set(names)} are no parameters of {self.name}"
+        self.tail = tuple(self.constants.values())
         leading = names[: -len(self.tail)]
-        assert names[len(leading) :] == tuple(self._constants), f"{self.name}: constants come last, and all of them are given"
+        assert names[len(leading) :] == tuple(self.constants), f"{self.name}: constants come last, and all of them are given"
         fixed = set() if self.interpreted else {p.name for p in kernel.params if p.do_not_specialize}
         #: positions of the arguments whose divisibility by 16 a compiled kernel may rely on
         self.specialised = frozenset(i for i, name in enumerate(leading) if name not in fixed)
@@ -48,9 +57,7 @@ class Launcher:
         found = self._variants.get(odd)
         if found is None:
             try:
-                found = self._kernel.run(*args, **self._constants, **self._options, grid=(1,), warmup=True)
-                found = found.result() if hasattr(found, "result") else found
-                found._init_handles()
+                found = self.build(args, odd)
             except Exception as error:
                 raise KernelError(
                     f"{self.name} does not compile or load here: {type(error).__name__}: {error}",
@@ -58,6 +65,13 @@ class Launcher:
                 ) from error
             self._variants[odd] = found
         return found
+
+    def build(self, args: Sequence[Any], odd: frozenset[int]) -> Any:
+        """Compile for the current device, and load."""
+        compiled = self.kernel.run(*args, **self.constants, **self.options, grid=(1,), warmup=True)
+        compiled = compiled.result() if hasattr(compiled, "result") else compiled
+        compiled._init_handles()
+        return compiled
 
     def odd(self, values: Sequence[Any]) -> frozenset[int]:
         """Positions of the specialised arguments that are no multiples of 16."""
@@ -96,7 +110,7 @@ class Bound:
         if not x:
             return
         if launcher.interpreted:
-            launcher._kernel[(x, y)](*self._args, **launcher._constants)
+            launcher.kernel[(x, y)](*self._args, **launcher.constants)
             return
         values = self.values
         bits = 0
@@ -108,12 +122,14 @@ class Bound:
             compiled = launcher.compiled(self._args, odd)
             if not bits & 15:
                 self._fast = compiled
-        stream = torch._C._cuda_getCurrentRawStream(launcher.device.index)
+        stream = launcher.stream()
         compiled.run(x, y, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *values, *launcher.tail)
 
 
 class Launchers:
     """Launchers by kernel, constants, options and the dtypes of the arguments."""
+
+    launcher: ClassVar[type[Launcher]] = Launcher
 
     def __init__(self, device: torch.device, *, dependent: bool) -> None:
         self._device = device
@@ -126,5 +142,5 @@ class Launchers:
         key = (kernel.__name__, tuple(sorted(constants.items())), tuple(sorted(options.items())), dtypes)
         found = self._found.get(key)
         if found is None:
-            found = self._found[key] = Launcher(kernel, constants, options, self._device)
+            found = self._found[key] = self.launcher(kernel, constants, options, self._device)
         return found

@@ -7,13 +7,14 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from attn_core.planning.claims import ArchSpec
 from attn_triton.chip import Chip
 from attn_triton.geometry import Geometry, power_of_two_from
 
-Load = Literal["few", "many"]
+Load = Literal["few", "many", "mixed"]
+LOADS: Final[tuple[Load, ...]] = ("few", "many", "mixed")
 
 
 @dataclass(frozen=True, slots=True)

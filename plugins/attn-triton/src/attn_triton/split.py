@@ -27,7 +27,9 @@ class Cut:
     @property
     def slots(self) -> int:
         """How many partial results there may be, a row tile and KV head."""
-        return self.groups if self.fixed else 2 * max(self.groups, self.stream_groups)
+        if self.fixed:
+            return self.groups if self.splits > 1 else 0
+        return 2 * max(self.stream_groups, self.groups if self.splits > 1 else 0)
 
 
 def cut_keys(

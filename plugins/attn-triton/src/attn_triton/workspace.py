@@ -11,17 +11,18 @@ class Workspace:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._out = torch.empty(0, dtype=torch.float32, device=device)
-        self._lse = torch.empty(0, dtype=torch.float32, device=device)
+        self._store = torch.empty(0, dtype=torch.float32, device=device)
 
     @property
     def nbytes(self) -> int:
-        return self._out.nbytes + self._lse.nbytes
+        return self._store.nbytes
+
+    def reserve(self, elements: int) -> None:
+        """Grow to ``elements`` fp32, values and LSE together."""
+        if self._store.numel() < elements:
+            self._store = torch.empty(elements, dtype=torch.float32, device=self._device)
 
     def parts(self, rows: int, width: int) -> tuple[Tensor, Tensor]:
         """Room for ``rows`` partial results of ``width``, and as many LSE. What was given before must not be in use any more."""
-        if self._out.numel() < rows * width:
-            self._out = torch.empty(rows * width, dtype=torch.float32, device=self._device)
-        if self._lse.numel() < rows:
-            self._lse = torch.empty(rows, dtype=torch.float32, device=self._device)
-        return self._out, self._lse
+        self.reserve(rows * (width + 1))
+        return self._store, self._store[rows * width : rows * (width + 1)]

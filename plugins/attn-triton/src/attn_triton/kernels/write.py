@@ -77,21 +77,81 @@ def write_kernel(
         tl.extra.cuda.gdc_launch_dependents()
 
 
-@triton.jit(do_not_specialize=["batch", "from_stride", "to_stride"])
-def copy_pages_kernel(LENGTHS, FROM, TO, batch, from_stride, to_stride, PAGE: tl.constexpr, CHUNK: tl.constexpr):
-    """The page ids that the requests' lengths need, row by row. Grid (batch): its size does not depend on the context."""
-    b = tl.program_id(0)
-    pages = (tl.load(LENGTHS + b) + PAGE - 1) // PAGE
+@triton.jit
+def copy_pages(LENGTHS_FROM, LENGTHS_TO, FROM, TO, b, from_stride, to_stride, PAGE: tl.constexpr, CHUNK: tl.constexpr):
+    """A request's length, and the page ids that it needs."""
+    length = tl.load(LENGTHS_FROM + b)
+    tl.store(LENGTHS_TO + b, length)
+    pages = (length + PAGE - 1) // PAGE
     for i in range(0, pages, CHUNK):
         at = i + tl.arange(0, CHUNK)
         ids = tl.load(FROM + b.to(tl.int64) * from_stride + at, mask=at < pages)
         tl.store(TO + b.to(tl.int64) * to_stride + at, ids, mask=at < pages)
 
 
+@triton.jit
+def tree_row(TREE_FROM, TREE_TO, DEPTHS, row, q, Q_PADDED: tl.constexpr, COPY: tl.constexpr):
+    """One draft token's row of the tree, copied if COPY, and the number of its ancestors."""
+    c = tl.arange(0, Q_PADDED)
+    bits = tl.load(TREE_FROM + row.to(tl.int64) * q + c, mask=c < q, other=0)
+    if COPY:
+        tl.store(TREE_TO + row.to(tl.int64) * q + c, bits, mask=c < q)
+    tl.store(DEPTHS + row, tl.sum((bits != 0).to(tl.int32), 0) - 1)
+
+
 @triton.jit(do_not_specialize=["q"])
 def tree_depth_kernel(TREE_MASK, DEPTHS, q, Q_PADDED: tl.constexpr):
     """DEPTHS [B, q]: how many ancestors each draft token has. Grid (B * q)."""
-    row = tl.program_id(0)
-    c = tl.arange(0, Q_PADDED)
-    bits = tl.load(TREE_MASK + row.to(tl.int64) * q + c, mask=c < q, other=0)
-    tl.store(DEPTHS + row, tl.sum((bits != 0).to(tl.int32), 0) - 1)
+    tree_row(TREE_MASK, TREE_MASK, DEPTHS, tl.program_id(0), q, Q_PADDED, False)
+
+
+@triton.jit(do_not_specialize=["batch", "tokens", "pages_from", "pages_to", "encoder_from", "encoder_to"])
+def refresh_kernel(
+    LENGTHS_FROM,
+    LENGTHS_TO,
+    STARTS_FROM,
+    STARTS_TO,
+    PAGES_FROM,
+    PAGES_TO,
+    SLOTS_FROM,
+    SLOTS_TO,
+    TREE_FROM,
+    TREE_TO,
+    DEPTHS,
+    ENCODER_LENGTHS_FROM,
+    ENCODER_LENGTHS_TO,
+    ENCODER_PAGES_FROM,
+    ENCODER_PAGES_TO,
+    batch,
+    tokens,
+    pages_from,
+    pages_to,
+    encoder_from,
+    encoder_to,
+    PAGE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TREE: tl.constexpr,
+    Q_TREE: tl.constexpr,
+    Q_PADDED: tl.constexpr,
+    ENCODER: tl.constexpr,
+):
+    """A batch into the buffers of a captured graph, in one launch. Grid (batch): it does not grow with the context."""
+    b = tl.program_id(0)
+    tl.store(STARTS_TO + b, tl.load(STARTS_FROM + b))
+    if b == batch - 1:
+        tl.store(STARTS_TO + batch, tl.load(STARTS_FROM + batch))
+    copy_pages(LENGTHS_FROM, LENGTHS_TO, PAGES_FROM, PAGES_TO, b, pages_from, pages_to, PAGE, CHUNK)
+    share = (tokens + batch - 1) // batch
+    for i in range(0, share, CHUNK):
+        place = i + tl.arange(0, CHUNK)
+        at = b * share + place
+        mine = (place < share) & (at < tokens)
+        tl.store(SLOTS_TO + at, tl.load(SLOTS_FROM + at, mask=mine), mask=mine)
+    if TREE:
+        for i in range(0, Q_TREE):
+            tree_row(TREE_FROM, TREE_TO, DEPTHS, b * Q_TREE + i, Q_TREE, Q_PADDED, True)
+    if ENCODER:
+        copy_pages(
+            ENCODER_LENGTHS_FROM, ENCODER_LENGTHS_TO, ENCODER_PAGES_FROM, ENCODER_PAGES_TO, b, encoder_from, encoder_to,
+            PAGE, CHUNK,
+        )  # fmt: skip

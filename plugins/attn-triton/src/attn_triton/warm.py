@@ -1,0 +1,103 @@
+"""Steps that need every kernel a config can need: run once to compile them, on the device or ahead of time for another one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from attn_core.planning.config import AttentionConfig, LayerKind
+from attn_core.runtime.batch import ForwardBatch, ForwardMode, TreeMask
+from attn_core.runtime.kv_cache import TORCH_DTYPES
+from attn_core.runtime.layer import AttentionLayer
+
+if TYPE_CHECKING:
+    from attn_triton.backend import TritonBackend
+
+#: One request, few and many on any chip: kernels are chosen by how full the batch makes the chip.
+BATCH_SIZES = (1, 8, 64, 256)
+#: Prompts of one length, and of lengths so different that row blocks are mapped.
+PROMPTS = ((128, 128), (1, 1, 1, 384))
+
+
+def warm_batches(config: AttentionConfig, page_size: int, device: torch.device) -> Iterator[ForwardBatch]:
+    """Batches over the null page, nothing written: decode, verify, prompts, with and without lengths that the host knows."""
+    for size in BATCH_SIZES:
+        batch = _batch(ForwardMode.DECODE, (1,) * size, page_size, config, device)
+        yield batch
+        if size > 1:
+            batch.seq_lens_cpu = batch.encoder_seq_lens_cpu = None
+            yield batch
+            batch.seq_lens_cpu = torch.arange(size) * 32 + 1
+            yield batch
+    for prompts in PROMPTS:
+        batch = _batch(ForwardMode.EXTEND, prompts, page_size, config, device)
+        yield batch
+        if config.bidirectional_spans:
+            batch.spans = torch.zeros(len(prompts), 1, 2, dtype=torch.int32, device=device)
+            yield batch
+    drafts = config.speculative_num_draft_tokens
+    for size in BATCH_SIZES if drafts else ():
+        batch = _batch(ForwardMode.TARGET_VERIFY, (drafts,) * size, page_size, config, device)
+        if config.speculative_eagle_topk > 1:
+            parents = torch.arange(-1, drafts - 1, device=device)
+            batch.tree = TreeMask.from_parents(parents.repeat(size, 1))
+        yield batch
+        batch.seq_lens_cpu = batch.encoder_seq_lens_cpu = None
+        yield batch
+        yield _batch(ForwardMode.DRAFT_EXTEND, (drafts,) * size, page_size, config, device)
+
+
+def layers_of(config: AttentionConfig) -> list[AttentionLayer]:
+    """One layer of each cached kind of ``config``; sinks are zeros."""
+    return [
+        AttentionLayer.of_kind(
+            kind,
+            kind.layer_ids[0] if kind.layer_ids else 0,
+            sinks=torch.zeros(kind.num_q_heads) if kind.sinks else None,
+        )
+        for kind in config.cached_kinds
+    ]
+
+
+def warm_layer(backend: TritonBackend, config: AttentionConfig, kind: LayerKind, batch: ForwardBatch) -> None:
+    """Every call that an engine may make of a layer of ``kind`` in ``batch``, on zeros."""
+    dtype, device = TORCH_DTYPES[config.dtype], batch.device
+    sinks = torch.zeros(kind.num_q_heads, device=device) if kind.sinks else None
+    q = torch.zeros(batch.num_tokens, kind.num_q_heads, kind.qk_head_dim, dtype=dtype, device=device)
+    k = torch.zeros(batch.num_tokens, kind.num_kv_heads, kind.qk_head_dim, dtype=dtype, device=device)
+    v = torch.zeros(batch.num_tokens, kind.num_kv_heads, kind.v_head_dim, dtype=dtype, device=device)
+    layer = AttentionLayer.of_kind(kind, kind.layer_ids[0] if kind.layer_ids else 0, sinks=sinks)
+    for return_lse in (False, True) if config.lse else (False,):
+        if not kind.ragged:
+            values = None if kind.kind == "mla" else v
+            backend.forward(q, k, values, layer, batch, return_lse=return_lse)
+        elif batch.mode is ForwardMode.EXTEND:
+            starts = batch.query_start_loc
+            backend.forward_ragged(
+                q, k, v, layer, query_start_loc=starts, key_start_loc=starts, max_query_len=batch.max_query_len,
+                max_key_len=batch.max_query_len, causal=kind.causal, return_lse=return_lse,
+            )  # fmt: skip
+
+
+def _batch(
+    mode: ForwardMode, query_lens: tuple[int, ...], page_size: int, config: AttentionConfig, device: torch.device
+) -> ForwardBatch:
+    longest = max(query_lens)
+    pages = [[0] * -(-longest // page_size)] * len(query_lens)
+    cross = any(kind.cross for kind in config.layers)
+    batch = ForwardBatch.build(
+        mode,
+        query_lens=query_lens,
+        seq_lens=query_lens,
+        pages=pages,
+        page_size=page_size,
+        device=device,
+        write=(False,) * len(query_lens),
+        encoder_seq_lens=[1] * len(query_lens) if cross else None,
+        encoder_pages=[[0]] * len(query_lens) if cross else None,
+    )
+    if cross:
+        batch.encoder_slot_mapping = torch.full_like(batch.slot_mapping, -1)
+    return batch
