@@ -13,6 +13,7 @@ from torch import Tensor
 from attn_core.bench.results import Results, Row
 from attn_core.bench.shapes import Shape
 from attn_core.bench.timing import time_call
+from attn_core.planning.discovery import discover
 from attn_core.planning.plan import Plan, plan
 from attn_core.planning.system import System
 from attn_core.runtime.backend import AttentionBackend
@@ -40,7 +41,7 @@ class Workload:
     def make(
         cls, shape: Shape, plan: Plan, device: torch.device, *, mode: ForwardMode | None = None, seed: int = 0
     ) -> Workload:
-        """Random tensors for ``shape``, in the cache that ``plan`` decided on; ``mode`` DECODE or EXTEND if not given."""
+        """Random tensors for ``shape``, in the cache of ``plan``; ``mode`` DECODE or EXTEND if not given."""
         config = plan.config
         assert config.page_size is not None
         counts = [-(-length // config.page_size) for length in shape.seq_lens]
@@ -120,11 +121,13 @@ def results(rows: Iterable[Row], system: System) -> Results:
     """Rows with this machine's device name and the versions of what ran."""
     on_gpu = system.device in ("cuda", "rocm") and torch.cuda.is_available()
     device = torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine()
+    rows = tuple(rows)
+    measured = {row.impl.removeprefix("attn:") for row in rows}
+    libraries = [r for ref in discover().backends if ref.listed in measured for r in ref.manifest.requires_dists]
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    versions |= {
-        name: version for name, version in system.dists.items() if name.startswith("attn-") or name == "triton"
-    }
-    return Results(device, versions, tuple(rows))
+    versions |= {name: version for name, version in system.dists.items() if name.startswith("attn-")}
+    versions |= {name: version for library in libraries for name, version in library.found(system.dists).items()}
+    return Results(device, versions, rows)
 
 
 def default_path(found: Results, bench: str, root: Path = Path("benchmarks/results")) -> Path:

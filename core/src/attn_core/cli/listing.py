@@ -122,8 +122,12 @@ def _usable(entry: dict[str, Any]) -> str:
     if entry["ambiguous"]:
         return "no: the name is claimed twice; use the full one"
     if entry["reasons"]:
-        root = entry["reasons"][0]
-        if root["layer"] == "installed":
-            return f"no: needs {root['wanted']}, found {root['have']}"
-        return f"no: {root['field']} is {root['wanted']}, it needs {root['have']}"
+        return "no: " + "; ".join(map(_in_words, entry["reasons"]))
     return "yes"
+
+
+def _in_words(reason: dict[str, Any]) -> str:
+    if reason["layer"] != "installed":
+        return f"{reason['field']} is {reason['wanted']}, it needs {reason['have']}"
+    absent = reason["have"] == "not installed"
+    return f"needs {reason['wanted']}, {'not installed' if absent else 'found ' + reason['have']}"

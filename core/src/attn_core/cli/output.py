@@ -23,7 +23,8 @@ def print_json(name: str, payload: Mapping[str, Any]) -> None:
     """``payload`` as JSON under the envelope every document of ours has: schema ``attn/<name>``, version 1."""
     import json  # not needed by --names, and 4 ms
 
-    print(json.dumps({**payload, "schema": f"attn/{name}", "version": 1}, indent=2))
+    envelope = {"schema": f"attn/{name}", "version": 1}
+    print(json.dumps(envelope | {key: value for key, value in payload.items() if key not in envelope}, indent=2))
 
 
 def print_table(headers: Row, rows: Sequence[Row], *, title: str | None = None) -> None:
