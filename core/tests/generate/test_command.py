@@ -138,6 +138,14 @@ def test_the_models_own_suggestions_are_named_and_not_followed(attn: Attn, tiny_
     assert result.out == attn("hello", *SHORT).out
 
 
+def test_guesses_are_verified(attn: Attn) -> None:
+    args = ("ab ab ab ab", "--max-new-tokens", "40", "--json")
+    document = attn(*args, "--speculative-num-draft-tokens", "4").json
+    assert document["ran"]["verify"] == ["torch_native"]
+    assert 0 <= document["guesses"]["right"] < document["guesses"]["made"]
+    assert document["requests"][0]["tokens"] == attn(*args).json["requests"][0]["tokens"]
+
+
 REFUSED: dict[str, tuple[tuple[str, ...], int, str]] = {
     "page size 0": (("x", "--page-size", "0"), 2, "bad_config"),
     "page size of 3 billion": (("x", "--page-size", "3000000000"), 2, "bad_config"),
@@ -153,6 +161,8 @@ REFUSED: dict[str, tuple[tuple[str, ...], int, str]] = {
     "negative seed": (("x", "--seed", "-5"), 2, "bad_config"),
     "no slot": (("x", "--max-requests", "0"), 2, "bad_config"),
     "fewer tokens a step than slots": (("x", "--max-batch-tokens", "4"), 2, "bad_config"),
+    "one draft token, which is none": (("x", "--speculative-num-draft-tokens", "1"), 2, "bad_config"),
+    "graphs on a CPU": (("x", "--cuda-graph"), 3, "no_backend"),
     "no cache": (("x", "--cache-mib", "0"), 2, "bad_config"),
     "a cache too small for a page": (("x", "--cache-mib", "1", "--page-size", "2048"), 3, "cache_full"),
     "longer than the context": (("x" * 500, "--max-new-tokens", "13"), 3, "request_too_long"),
@@ -204,6 +214,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "empty weights": (lambda f: truncate(f / "model.safetensors", 0), 2, "bad_model_folder"),
     "weights of another size": (lambda f: edit(f / "config.json", hidden_size=32, head_dim=16), 2, "bad_model_folder"),
     "weights of fewer layers": (lambda f: edit(f / "config.json", num_hidden_layers=3), 2, "bad_model_folder"),
+    "weights of more layers": (lambda f: edit(f / "config.json", num_hidden_layers=1), 2, "bad_model_folder"),
     "no tokenizer": (lambda f: [p.unlink() for p in f.glob("tokenizer*")], 2, "bad_model_folder"),
     "a tokenizer cut short": (lambda f: truncate(f / "tokenizer.json", 100), 2, "bad_model_folder"),
     "an architecture that is not known": (

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from attn_core import register
-from attn_core.errors import AttnError, CacheFullError, ConfigError, UsageError
+from attn_core.errors import AttnError, CacheFullError, ConfigError, ModelFolderError, UsageError
 from attn_core.generate import session as session_module
 from attn_core.generate.decode_graphs import batch_sizes
 from attn_core.generate.engine import StepFigures
@@ -117,6 +119,61 @@ def test_figures_add_up(tiny_folder: Path) -> None:
     assert figures.peak_pages == sum(-(-(len(prompt) + 29) // 4) for prompt in PROMPTS)
     assert figures.first_token_seconds is not None
     assert figures.first_token_seconds <= sum(f.seconds for f in figures.by_mode.values()) + 1
+
+
+def folder_of(model: Any, tokenizer_of: Path, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    for file in tokenizer_of.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+TEXT = {"vocab_size": 257, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 256,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}  # fmt: skip
+
+
+def mllama() -> Any:
+    text = {**TEXT, "num_hidden_layers": 3, "cross_attention_layers": [1]}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_global_layers": 1,
+              "attention_heads": 2, "image_size": 28, "patch_size": 7, "max_num_tiles": 1, "vision_output_dim": 64,
+              "intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1]]}  # fmt: skip
+    return hf.MllamaForConditionalGeneration(hf.MllamaConfig(text_config=text, vision_config=vision))
+
+
+def gemma3() -> Any:
+    text = {**TEXT, "num_hidden_layers": 2, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"], "rope_parameters": None}  # fmt: skip
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 7, "vision_use_head": False}  # fmt: skip
+    return hf.Gemma3ForConditionalGeneration(
+        hf.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    )
+
+
+@pytest.mark.parametrize("make", [mllama, gemma3])
+def test_a_model_with_images_generates_from_text_alone(make: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    model = make()
+    session, tokens = serve(folder_of(model, tiny_folder, tmp_path / "model"))
+    model.eval().set_attn_implementation("eager")
+    for prompt, generated in zip(PROMPTS, tokens, strict=True):
+        ids = torch.tensor([[*session.queue.encode(prompt, raw=True), *generated]])
+        with torch.inference_mode():
+            logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+        assert logits.argmax(-1).tolist() == generated
+
+
+def test_a_model_that_needs_an_image_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    config = hf.PaliGemmaConfig(
+        text_config={**TEXT, "head_dim": 16, "num_hidden_layers": 1, "model_type": "gemma"},
+        vision_config={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+                       "image_size": 28, "patch_size": 7, "projection_dim": 64, "model_type": "siglip_vision_model"},
+        projection_dim=64,
+    )  # fmt: skip
+    folder = folder_of(hf.PaliGemmaForConditionalGeneration(config), tiny_folder, tmp_path / "model")
+    with pytest.raises(ModelFolderError, match="does not generate from text alone"):
+        serve(folder)
 
 
 def test_a_rate_without_time_is_zero() -> None:

@@ -12,6 +12,7 @@ import torch
 import transformers as hf
 from attn_core.errors import ModelFolderError
 from attn_core.generate.gguf import convert
+from attn_core.generate.session import Queue, ServingOptions, Session
 from gguf import GGMLQuantizationType as Quantization
 from gguf import GGUFWriter, dequantize, quantize
 
@@ -157,6 +158,20 @@ def test_text_is_cut_as_the_file_says(tmp_path: Path, folder: Path) -> None:
 def test_a_bos_token_is_added_where_the_file_says_so(tmp_path: Path, folder: Path) -> None:
     convert(write_gguf(tmp_path / "tiny.gguf", tiny_model(), add_bos_token=True), folder, silent)
     assert hf.AutoTokenizer.from_pretrained(folder)("o")["input_ids"] == [258, ord("o")]
+
+
+def test_text_is_generated_from_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTN_CACHE_DIR", str(tmp_path / "cache"))
+    torch.manual_seed(1)
+    model = tiny_model()
+    source = write_gguf(tmp_path / "tiny.gguf", model)
+    queue = Queue(ServingOptions(model=str(source), device="cpu"), lambda *_: None)
+    request = queue.add("hello", {"max_new_tokens": 10})
+    assert Session(queue, lambda *_: None).engine.run()
+    assert request.tokens[:3] == [256, 257, ord("o")]
+    with torch.inference_mode():
+        logits = model(torch.tensor([request.tokens])).logits[0]
+    assert logits[2:-1].argmax(-1).tolist() == request.generated
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -49,7 +49,8 @@ class EncoderTap(Cache):
         return key_states, value_states
 
     def _stub(self, like: Tensor) -> DynamicLayer:
-        layer = DynamicLayer()
+        make: Any = DynamicLayer  # whose constructor has no types
+        layer: DynamicLayer = make()
         layer.keys = layer.values = like.new_zeros(1, 1, self.LENGTH, 1)
         layer.is_initialized = True
         return layer

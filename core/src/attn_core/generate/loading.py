@@ -17,6 +17,8 @@ from attn_core.runtime.kv_cache import TORCH_DTYPES
 
 #: the releases whose attention and cache calls the adapters were run against: the first, and the first that is not
 TRANSFORMERS: Final = ((5, 17), (5, 24))
+#: parts of the names of tensors that generating text has no use for; the last one is computed from the config
+NOT_FOR_TEXT: Final = ("vision", "visual", "image", "multi_modal", "multimodal", "audio", "rotary_emb.inv_freq")
 
 
 def check_transformers() -> None:
@@ -63,7 +65,7 @@ def load_model(files: ModelFiles, config: Any, *, dtype: str, device: str, progr
     """The language model of the folder, in ``dtype``, on ``device``, in evaluation mode.
 
     ``config`` is ``read_config``'s. Weights are mapped from the file and copied once. Raises ModelFolderError for
-    weights that are damaged or incomplete.
+    weights that are damaged or incomplete, and for more weights than the model's code has a use for.
     """
     from transformers import AutoModelForCausalLM
 
@@ -80,11 +82,7 @@ def load_model(files: ModelFiles, config: Any, *, dtype: str, device: str, progr
     except Exception as error:
         raise _unreadable(files.folder, "the weights", error) from error
     model, report = loaded
-    if missing := sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"])):
-        raise ModelFolderError(
-            f"{files.folder} lacks {len(missing)} tensors of the model, such as {missing[0]}",
-            hint="copy or download the folder again",
-        )
+    _check_complete(files.folder, report)
     return model.to(torch.device(device)).eval()
 
 
@@ -114,13 +112,30 @@ def suggested_sampling(files: ModelFiles) -> dict[str, Any]:
     return {name: suggested[name] for name in names if suggested.get(name) not in (None, 1)}
 
 
+def _check_complete(folder: Path, report: dict[str, Any]) -> None:
+    """Raise ModelFolderError unless the folder had the model's tensors and no others, but those of images and sound."""
+    missing = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
+    unused = [name for name in sorted(report["unexpected_keys"]) if not any(part in name for part in NOT_FOR_TEXT)]
+    if missing or unused:
+        problem = f"lacks {len(missing)} tensors of the model, such as {missing[0]}" if missing else ""
+        problem = problem or f"has {len(unused)} tensors that the model's code does not use, such as {unused[0]}"
+        raise ModelFolderError(
+            f"{folder} {problem}",
+            accepted="the weights of the architecture and sizes that config.json names",
+            hint="copy or download the folder again",
+        )
+
+
 def _report_loading(progress: Progress) -> None:
-    """Have transformers count the tensors that it loads into ``progress``, in place of its own bar."""
-    from transformers.utils import logging
+    """Have transformers count the tensors that it loads into ``progress``, in place of its own bar and warnings."""
+    from transformers.utils import logging as untyped
+
+    logging: Any = untyped
 
     def count(make: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _counted(args[0], progress) if args else make(*args, **kwargs)
 
+    logging.set_verbosity_error()  # what it would warn of is checked here
     logging.disable_progress_bar()
     progress("loading weights", 0, 1)
     if hasattr(logging, "set_tqdm_hook"):  # since transformers 5.18
