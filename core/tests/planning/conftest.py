@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from attn_core.planning import hooks, plan
 
+from .sites import Site
+
 
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -15,3 +17,10 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name)
     monkeypatch.setenv("ATTN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(plan, "load_hooks", lambda: hooks.load_hooks(path=[]))
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    folder = tmp_path / "site-packages"
+    folder.mkdir()
+    return Site(folder)

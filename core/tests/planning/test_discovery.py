@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,69 +15,7 @@ from attn_core.planning.reasons import availability
 from attn_core.planning.system import System
 
 from .building import clause, manifest
-
-TEXT = """
-schema = 1
-name = "{name}"
-protocol = ">=1.0,<2"
-summary = "made for a test"
-[[supports]]
-phases = ["prefill", "decode"]
-device = "cuda"
-kind = "mha"
-dtypes = ["bfloat16"]
-head_dims = "any"
-page_sizes = [16]
-kv_layouts = ["NHD"]
-"""
-#: A package that must never be imported.
-MINE = "raise SystemExit('the plugin was imported')"
-
-
-@dataclass
-class Site:
-    """A site-packages folder to install made-up distributions in."""
-
-    folder: Path
-
-    def info(self, dist: str, entry_points: str = "", version: str = "1.2.3", record: str = "") -> Path:
-        folder = self.folder / f"{dist.replace('-', '_')}-{version}.dist-info"
-        folder.mkdir(parents=True)
-        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {dist}\nVersion: {version}\n")
-        (folder / "RECORD").write_text(record)
-        if entry_points:
-            (folder / "entry_points.txt").write_text(entry_points)
-        return folder
-
-    def package(self, package: str, *names: str, at: Path | None = None) -> Path:
-        folder = (at or self.folder) / package
-        folder.mkdir(parents=True)
-        (folder / "__init__.py").write_text(MINE)
-        (folder / "backend.py").write_text(MINE)
-        for name in names:
-            (folder / f"{name}.toml").write_text(TEXT.format(name=name))
-        return folder
-
-    def wheel(self, name: str, dist: str | None = None, package: str | None = None) -> Path:
-        package = package or f"attn_{name}"
-        self.info(dist or f"attn-{name}", f"[attn.backends]\n{name} = {package}.backend:Backend\n")
-        return self.package(package, name)
-
-    def discover(self, *more: Path, **environ: str) -> Installed:
-        return discover([str(self.folder), *map(str, more)], environ)
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Site:
-    folder = tmp_path / "site-packages"
-    folder.mkdir()
-    return Site(folder)
-
-
-def only_problem(found: Installed) -> str:
-    assert found.backends == ()
-    (problem,) = found.problems
-    return str(problem) + str(problem.hint)
+from .sites import TEXT, Site, only_problem
 
 
 def test_a_wheel_is_found_with_its_distribution_version_and_manifest(site: Site) -> None:
@@ -98,48 +35,6 @@ def test_one_distribution_may_have_several_backends(site: Site) -> None:
     site.package("attn_two", "a", "b")
     found = site.discover()
     assert {ref.name: ref.object for ref in found.backends} == {"a": "attn_two.backend:A", "b": "attn_two:B"}
-
-
-def test_an_editable_install_is_found_through_its_pth_file(site: Site, tmp_path: Path) -> None:
-    source = tmp_path / "work" / "src"
-    site.package("attn_live", "live", at=source)
-    record = "_editable_impl_attn_live.pth,,\nattn_live-1.2.3.dist-info/METADATA,,\n"
-    site.info("attn-live", "[attn.backends]\nlive = attn_live.backend:Backend\n", record=record)
-    (site.folder / "_editable_impl_attn_live.pth").write_text(f"import os; os\n{source}\n")
-    (ref,) = site.discover().backends
-    assert ref.location == str(source / "attn_live" / "live.toml")
-
-
-def test_an_editable_install_is_found_through_the_finder_of_setuptools_which_is_not_run(
-    site: Site, tmp_path: Path
-) -> None:
-    package = site.package("attn_live", "live", at=tmp_path / "work")
-    finder = "__editable___attn_live_1_2_3_finder.py"
-    site.info("attn-live", "[attn.backends]\nlive = attn_live.backend:Backend\n", record=f"{finder},,\n")
-    (site.folder / finder).write_text(
-        f"MAPPING: dict[str, str] = {{'attn_live': {str(package)!r}}}\nraise SystemExit(1)\n"
-    )
-    (ref,) = site.discover().backends
-    assert ref.location == str(package / "live.toml")
-
-
-def test_a_development_install_with_egg_info_is_found(site: Site, tmp_path: Path) -> None:
-    source = tmp_path / "src"
-    site.package("attn_egg", "egg", at=source)
-    info = source / "attn_egg.egg-info"
-    info.mkdir()
-    (info / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: attn_egg\nVersion: 0.4\n\nVersion: not this\n")
-    (info / "entry_points.txt").write_text("[attn.backends]\negg = attn_egg.backend:Backend\n")
-    (ref,) = site.discover(source).backends
-    assert (ref.dist, ref.version) == ("attn-egg", "0.4")
-
-
-def test_a_package_elsewhere_on_the_path_is_found(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = site.package("attn_far", "far", at=tmp_path / "elsewhere")
-    monkeypatch.syspath_prepend(str(package.parent))
-    site.info("attn-far", "[attn.backends]\nfar = attn_far.backend:Backend\n")
-    (ref,) = site.discover().backends
-    assert ref.location == str(package / "far.toml")
 
 
 def test_the_first_of_a_distribution_on_the_path_hides_the_others(site: Site, tmp_path: Path) -> None:
@@ -381,7 +276,7 @@ def test_the_cores_own_backend_is_found_like_any_other() -> None:
 def test_discovery_imports_no_torch_no_plugin_and_no_importlib_metadata(site: Site) -> None:
     site.wheel("fast")
     script = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import sys; sys.path.insert(0, sys.argv[1]); before = set(sys.modules)\n"
         "from attn_core.planning.discovery import discover\n"
         "from attn_core.planning.reasons import availability\n"
         "from attn_core.planning.system import detect\n"
@@ -390,7 +285,7 @@ def test_discovery_imports_no_torch_no_plugin_and_no_importlib_metadata(site: Si
         "reasons = [availability(ref.manifest, system) for ref in found.backends]\n"
         "bad = {'torch', 'attn_fast', 'importlib.metadata', 'importlib_metadata', 'pluggy', 'click', 'rich', 'email',"
         " 'subprocess', 'packaging', 'json', 'attn_core.runtime'}\n"
-        "print(sorted(bad & set(sys.modules)))\n"
+        "print(sorted(bad & set(sys.modules) - before))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, str(site.folder)], capture_output=True, text=True, check=True, timeout=60

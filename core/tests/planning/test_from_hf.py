@@ -109,6 +109,9 @@ YARN = {
 }
 PATTERN = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
 
+#: the classes by another name: their __init__ takes keys that their fields, which a type checker sees, do not list
+hf: Any = transformers
+
 #: name -> (model class, config)
 DECODERS: dict[str, tuple[str, transformers.PreTrainedConfig]] = {
     "llama": ("LlamaForCausalLM", transformers.LlamaConfig(**SMALL)),
@@ -135,7 +138,7 @@ DECODERS: dict[str, tuple[str, transformers.PreTrainedConfig]] = {
     "qwen3": ("Qwen3ForCausalLM", transformers.Qwen3Config(**SMALL, head_dim=16)),
     "qwen3 moe sliding": (
         "Qwen3MoeForCausalLM",
-        transformers.Qwen3MoeConfig(**SMALL, **EXPERTS, **{"head_dim": 16}, use_sliding_window=True, sliding_window=8),
+        hf.Qwen3MoeConfig(**SMALL, **EXPERTS, head_dim=16, use_sliding_window=True, sliding_window=8),
     ),
     "gemma": ("GemmaForCausalLM", transformers.GemmaConfig(**SMALL, head_dim=16)),
     "gemma2": (
@@ -152,9 +155,7 @@ DECODERS: dict[str, tuple[str, transformers.PreTrainedConfig]] = {
     ),
     "gemma3": (
         "Gemma3ForCausalLM",
-        transformers.Gemma3TextConfig(
-            **SMALL, head_dim=16, query_pre_attn_scalar=12, sliding_window=8, **{"sliding_window_pattern": 3}
-        ),
+        hf.Gemma3TextConfig(**SMALL, head_dim=16, query_pre_attn_scalar=12, sliding_window=8, sliding_window_pattern=3),
     ),
     "gpt_oss": (
         "GptOssForCausalLM",

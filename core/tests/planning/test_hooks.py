@@ -188,11 +188,11 @@ def test_a_distribution_that_is_left_out_has_no_hooks(folder: Path, environ: dic
 
 def test_without_hooks_pluggy_is_not_imported() -> None:
     script = (
-        "import sys; from attn_core.planning.config import AttentionConfig, LayerKind\n"
+        "import sys; before = set(sys.modules); from attn_core.planning.config import AttentionConfig, LayerKind\n"
         "from attn_core.planning import hooks, plan\n"
         "plan.load_hooks = lambda: hooks.load_hooks(path=[])\n"
         "plan.plan(AttentionConfig((LayerKind(1, 1, 64, 64),)))\n"
-        "print(sorted({'pluggy', 'torch', 'click', 'rich'} & set(sys.modules)))"
+        "print(sorted({'pluggy', 'torch', 'click', 'rich'} & set(sys.modules) - before))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"

@@ -197,9 +197,9 @@ def test_nothing_that_fits_lists_every_candidate_with_its_reasons() -> None:
 
 
 def test_the_trace_holds_every_candidate_once_in_every_phase() -> None:
-    items: list[BackendRef | Problem] = [NATIVE, ref("fa3"), ref("wave", clause(device="rocm")), broken("bad"), broken("off", code="disabled"),
-             ref("lonely", clause(phases=["decode"]), fallback={"prefill": ["absent", "fa3"]})]  # fmt: skip
-    found = made(*items)
+    lonely = ref("lonely", clause(phases=["decode"]), fallback={"prefill": ["absent", "fa3"]})
+    rocm, off = ref("wave", clause(device="rocm")), broken("off", code="disabled")
+    found = made(NATIVE, ref("fa3"), rocm, broken("bad"), off, lonely)
     expected = sorted(["torch_native", "fa3", "wave", "bad", "off", "lonely", "flashinfer", "triton", "fa4"])
     assert sorted(c.listed for c in found.trace["decode"]) == expected
     assert sorted(c.listed for c in found.trace["prefill"]) == sorted([*expected, "absent"])
