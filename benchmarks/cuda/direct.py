@@ -24,7 +24,7 @@ def _fa3(work: Workload, backend: AttentionBackend) -> Callable[[], object]:
 
     backend.forward(work.q, None, None, work.layer, work.batch, save_kv_cache=False)  # makes the schedule
     step = work.batch.plan_state
-    (_, schedule), = step.schedules.made.values()
+    ((_, schedule),) = step.schedules.made.values()
     k, v = work.cache.k_nhd(0), work.cache.v_nhd(0)
     options: dict[str, object] = {"cu_seqlens_q": step.query_start_loc, "max_seqlen_q": step.max_query_len}
     q = work.q

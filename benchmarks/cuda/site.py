@@ -18,7 +18,9 @@ def write_site(target: Path) -> None:
         project = tomllib.loads((ROOT / folder / "pyproject.toml").read_text())["project"]
         info = target / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
         info.mkdir(parents=True, exist_ok=True)
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+        )
         lines = []
         for group, entries in project.get("entry-points", {}).items():
             lines += [f"[{group}]", *(f"{name} = {value}" for name, value in entries.items()), ""]

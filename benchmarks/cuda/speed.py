@@ -20,11 +20,15 @@ from attn_core.planning.plan import plan
 from attn_core.runtime.backend import AttentionBackend
 from attn_core.runtime.kv_cache import KVCache
 from attn_core.runtime.loading import load_backend
-
 from cuda.direct import direct_call
 
 DEVICE = torch.device("cuda")
-BACKENDS = {"decode": ("fa3", "flashinfer"), "mixed": ("fa3", "flashinfer"), "extend": ("fa3", "flashinfer"), "mla": ("flashmla", "flashinfer_mla")}
+BACKENDS = {
+    "decode": ("fa3", "flashinfer"),
+    "mixed": ("fa3", "flashinfer"),
+    "extend": ("fa3", "flashinfer"),
+    "mla": ("flashmla", "flashinfer_mla"),
+}
 
 
 def backend_of(name: str, config: AttentionConfig, cache: KVCache) -> AttentionBackend:
@@ -45,7 +49,12 @@ def speed_rows(seconds: float, names: tuple[str, ...]) -> Iterator[Row]:
 
 def _workload(name: str, shape: Shape) -> tuple[Workload, AttentionBackend]:
     config = shape.config()
-    chosen = plan(config, backend={"decode" if shape.phase == "decode" else "prefill": name}, fallback="allow", phases=(shape.phase,))
+    chosen = plan(
+        config,
+        backend={"decode" if shape.phase == "decode" else "prefill": name},
+        fallback="allow",
+        phases=(shape.phase,),
+    )
     work = Workload.make(shape, chosen, DEVICE)
     return work, backend_of(name, chosen.config, work.cache)
 
@@ -63,7 +72,10 @@ def _pair(name: str, shape: Shape, seconds: float) -> Iterator[Row]:
     ours, theirs = min(times["ours"]), min(times["direct"])
     host_ours, host_theirs = time_host(forward, DEVICE), time_host(direct, DEVICE)
     note = f"host {host_ours:.1f} us, library {host_theirs:.1f} us; {ours / theirs:.3f} of the library"
-    print(f"[speed] {name:15s} {shape.name:28s} {ours:.4f} ms, direct {theirs:.4f} ms; err {error:.1e}; {note}", flush=True)
+    print(
+        f"[speed] {name:15s} {shape.name:28s} {ours:.4f} ms, direct {theirs:.4f} ms; err {error:.1e}; {note}",
+        flush=True,
+    )
     yield row(shape, f"attn:{name}", ours, itemsize=2, err=error, note=note)
     yield row(shape, name, theirs, itemsize=2, note=f"host {host_theirs:.1f} us")
 
@@ -88,7 +100,7 @@ def _decode_shape(name: str, batch: int, keys: int) -> Shape:
 
 
 def replay_costs() -> list[dict[str, Any]]:
-    """`init_forward_metadata_replay_cuda_graph` at batch 64, microseconds of the host; FlashInfer beside its own plan."""
+    """`init_forward_metadata_replay_cuda_graph` at batch 64, host microseconds; FlashInfer beside its own plan."""
     found = []
     for name in ("fa3", "flashmla", "flashinfer", "flashinfer_mla"):
         for keys in (1024, 8192):
@@ -181,7 +193,14 @@ def cache_writes() -> list[dict[str, Any]]:
     """`KVCache.write` of one decode step of 64 requests, as every backend calls it."""
     work, _ = _workload("fa3", _decode_shape("fa3", 64, 1024))
     call = lambda: work.cache.write(work.layer, work.batch.slot_mapping, work.k, work.v)  # noqa: E731
-    return [{"what": "cache write", "batch": 64, "host_us": time_host(call, DEVICE), "gpu_us": 1e3 * time_graph(call, seconds=0.1)}]
+    return [
+        {
+            "what": "cache write",
+            "batch": 64,
+            "host_us": time_host(call, DEVICE),
+            "gpu_us": 1e3 * time_graph(call, seconds=0.1),
+        }
+    ]
 
 
 def median_us(call: Callable[[], object], repeats: int = 50) -> float:

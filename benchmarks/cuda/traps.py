@@ -35,7 +35,7 @@ def run_traps() -> list[dict[str, str]]:
     return found
 
 
-def _step(kind: LayerKind, lens: list[int], page: int, query: list[int] | None = None):  # noqa: ANN202
+def _step(kind: LayerKind, lens: list[int], page: int, query: list[int] | None = None):
     torch.manual_seed(0)
     layout = "MLA" if kind.kind == "mla" else "NHD"
     config = AttentionConfig(layers=(kind,), page_size=page, kv_layout=layout, max_context_len=max(lens))
@@ -101,7 +101,7 @@ def fa3_sinks_in_bfloat16() -> str:
 def fa3_empty_rows() -> str:
     import flash_attn_interface as fa
 
-    config, cache, batch, q = _step(KIND, [40, 16], 16)
+    _, cache, batch, q = _step(KIND, [40, 16], 16)
     lens = torch.tensor([0, 16], dtype=torch.int32, device="cuda")
     out, lse, *_ = fa.flash_attn_with_kvcache(
         q.unsqueeze(1), cache.k(0), cache.v(0), cache_seqlens=lens, page_table=batch.page_table, causal=True,
@@ -110,10 +110,10 @@ def fa3_empty_rows() -> str:
     return f"expected 0 and -inf: {float(out[0].abs().max())}, {float(lse[0].max())}"
 
 
-def _flashinfer_decode(window_left: int = -1):  # noqa: ANN202
+def _flashinfer_decode(window_left: int = -1):
     import flashinfer
 
-    config, cache, batch, q = _step(KIND, [100, 37], 16)
+    _, cache, batch, q = _step(KIND, [100, 37], 16)
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
         torch.zeros(128 << 20, dtype=torch.uint8, device="cuda"), "NHD", use_tensor_cores=True, backend="fa2"
     )
@@ -152,7 +152,7 @@ def flashinfer_lse_is_base_2() -> str:
 def _flashmla(run: Callable[..., object], **options: object) -> object:
     import flash_mla
 
-    config, cache, batch, q = _step(LATENT, [100, 64], 64)
+    _, cache, batch, q = _step(LATENT, [100, 64], 64)
     lens = options.pop("lens", batch.seq_lens)
     return run(
         q.unsqueeze(1), cache.k_nhd(0), block_table=batch.page_table, cache_seqlens=lens, head_dim_v=512,

@@ -1,4 +1,4 @@
-"""Runs the conformance kit on one backend and writes its evidence, and every failure with the case that reproduces it."""
+"""Runs the conformance kit on one backend: writes its evidence, and each failure with the case that reproduces it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from attn_core.testing.runner import verify
 
 
 def run_verify(name: str, tier: str, out: Path, workers: int, select: str = "", max_cases: int | None = None) -> Report:
-    """Verify ``name``; ``out``/verify-NAME-TIER.json gets the counts and the failures, ``out``/evidence the evidence."""
+    """Verify ``name``; counts and failures go to ``out``/verify-NAME-TIER.json, evidence to ``out``/evidence."""
     begun = time.monotonic()
     failures: list[dict[str, object]] = []
 
@@ -23,7 +23,9 @@ def run_verify(name: str, tier: str, out: Path, workers: int, select: str = "", 
             if len(failures) <= 12:
                 print(f"[{name}] FAILED {result.case.id}\n    {str(result.faults[0])[:400]}", flush=True)
         if done % 200 == 0 or done == total:
-            print(f"[{name}] {tier} {done}/{total}, {len(failures)} failed, {time.monotonic() - begun:.0f} s", flush=True)
+            print(
+                f"[{name}] {tier} {done}/{total}, {len(failures)} failed, {time.monotonic() - begun:.0f} s", flush=True
+            )
 
     whole = not select and max_cases is None
     report = verify(

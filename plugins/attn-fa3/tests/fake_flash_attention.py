@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from itertools import pairwise
+from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -32,7 +33,14 @@ class FakeFlashAttention:
         self.fail: Exception | None = None
         self.operators = SimpleNamespace(fwd=self._forward(), get_scheduler_metadata=self._schedule())
 
-    def _forward(self):  # noqa: ANN202
+    def modules(self) -> dict[str, ModuleType]:
+        """The modules to put into sys.modules."""
+        interface, configuration = ModuleType("flash_attn_interface"), ModuleType("flash_attn_config")
+        interface.flash_attn_3_gpu = self.operators  # type: ignore[attr-defined]
+        configuration.CONFIG = {"build_flags": self.flags}  # type: ignore[attr-defined]
+        return {"flash_attn_interface": interface, "flash_attn_config": configuration}
+
+    def _forward(self):
         def fwd(
             q, k, v, k_new=None, v_new=None, q_v=None, out=None, cu_seqlens_q=None, cu_seqlens_k=None,
             cu_seqlens_k_new=None, seqused_q=None, seqused_k=None, max_seqlen_q=None, max_seqlen_k=None,
@@ -40,7 +48,7 @@ class FakeFlashAttention:
             q_descale=None, k_descale=None, v_descale=None, softmax_scale=None, is_causal=False, window_size_left=-1,
             window_size_right=-1, attention_chunk=0, softcap=0.0, is_rotary_interleaved=False, scheduler_metadata=None,
             num_splits=0, pack_gqa=None, sm_margin=0, sinks=None,
-        ):  # fmt: skip # noqa: ANN001, ANN202
+        ):  # fmt: skip
             arguments = dict(locals())
             arguments.pop("self", None)
             self.calls.append(arguments)
@@ -50,20 +58,28 @@ class FakeFlashAttention:
 
         return fwd
 
-    def _schedule(self):  # noqa: ANN202
+    def _schedule(self):
         def get_scheduler_metadata(
             batch_size, max_seqlen_q, max_seqlen_k, num_heads, num_heads_k, headdim, headdim_v, qkv_dtype, seqused_k,
             cu_seqlens_q=None, cu_seqlens_k=None, cu_seqlens_k_new=None, seqused_q=None, leftpad_k=None, page_size=None,
             max_seqlen_k_new=0, is_causal=False, window_size_left=-1, window_size_right=-1, attention_chunk=0,
             has_softcap=False, num_splits=0, pack_gqa=None, sm_margin=0,
-        ):  # fmt: skip # noqa: ANN001, ANN202
+        ):  # fmt: skip
             arguments = dict(locals())
             self.schedules.append(arguments)
             assert seqused_k.dtype == torch.int32
             assert seqused_k.shape == (batch_size,)
             # what the forward must be called with again, as the real schedule silently assumes
             return torch.tensor(
-                [batch_size, max_seqlen_q, max_seqlen_k, int(is_causal), window_size_left, window_size_right, num_splits],
+                [
+                    batch_size,
+                    max_seqlen_q,
+                    max_seqlen_k,
+                    int(is_causal),
+                    window_size_left,
+                    window_size_right,
+                    num_splits,
+                ],
                 dtype=torch.int32,
             )
 
@@ -89,8 +105,8 @@ def _forward(a: dict) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         assert a["max_seqlen_q"] is not None, "max_seqlen_q must be provided if cu_seqlens_q is provided"
         assert a["cu_seqlens_q"].dtype == torch.int32
         starts = a["cu_seqlens_q"].tolist()
-        rows = [(slice(lo, hi),) for lo, hi in zip(starts, starts[1:], strict=False)]
-        assert max(hi - lo for lo, hi in zip(starts, starts[1:], strict=False)) <= a["max_seqlen_q"]
+        rows = [(slice(lo, hi),) for lo, hi in pairwise(starts)]
+        assert max(hi - lo for lo, hi in pairwise(starts)) <= a["max_seqlen_q"]
     else:
         assert q.dim() == 4
         rows = [(b,) for b in range(q.shape[0])]
@@ -105,7 +121,9 @@ def _forward(a: dict) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     for b, index in enumerate(rows):
         keys, values = _keys_of(a, b, table)
         if fp8:
-            keys, values = (x * a[n][b].double()[None, :, None] for x, n in ((keys, "k_descale"), (values, "v_descale")))
+            keys, values = (
+                x * a[n][b].double()[None, :, None] for x, n in ((keys, "k_descale"), (values, "v_descale"))
+            )
         queries = q[index].double() * (_by_head(a["q_descale"][b], heads) if fp8 else 1.0)
         part, part_lse = _attend(queries, None if q_v is None else q_v[index].double(), keys, values, a)
         out[index] = part.to(out.dtype)
@@ -126,7 +144,15 @@ def _check_schedule(a: dict, batch: int, varlen: bool) -> None:
         return
     q_len = a["max_seqlen_q"] if varlen else a["q"].shape[1]
     k_len = a["page_table"].shape[1] * a["k"].shape[1]
-    made_for = [batch, q_len, k_len, int(a["is_causal"]), a["window_size_left"], a["window_size_right"], a["num_splits"]]
+    made_for = [
+        batch,
+        q_len,
+        k_len,
+        int(a["is_causal"]),
+        a["window_size_left"],
+        a["window_size_right"],
+        a["num_splits"],
+    ]
     assert a["scheduler_metadata"].tolist() == made_for, (a["scheduler_metadata"].tolist(), made_for)
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
 from attn_core.errors import BatchError, CapacityError, ConfigError, KernelError
 from attn_core.planning.config import AttentionConfig, LayerKind
 from attn_core.runtime.batch import ForwardBatch, ForwardMode, TreeMask
@@ -17,6 +16,7 @@ from attn_core.runtime.layer import AttentionLayer
 from attn_core.testing.reference import reference, reference_ragged
 from attn_fa3.backend import FA3Backend
 from fake_flash_attention import FakeFlashAttention
+from torch import Tensor
 
 KIND = LayerKind(num_q_heads=6, num_kv_heads=2, qk_head_dim=16, v_head_dim=16)
 MLA = LayerKind(num_q_heads=4, num_kv_heads=1, qk_head_dim=576, v_head_dim=512, kind="mla", scale=192**-0.5)
@@ -160,7 +160,7 @@ def quantize_exactly(q: Tensor, batch: ForwardBatch, layer: AttentionLayer) -> T
     """The queries as e4m3 holds them with one scale for each request and KV head, in a loop."""
     found = q.double()
     starts = batch.query_start_loc.tolist()
-    for lo, hi in zip(starts, starts[1:], strict=False):
+    for lo, hi in pairwise(starts):
         for head in range(layer.num_kv_heads):
             own = slice(head * layer.group_size, (head + 1) * layer.group_size)
             part = q[lo:hi, own].float()

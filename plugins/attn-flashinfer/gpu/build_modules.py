@@ -1,7 +1,7 @@
-"""Builds the FlashInfer modules that the manifests' cases need, the most needed first, and packs them to be carried along.
+"""Builds the FlashInfer modules that the kit's cases need, the most needed first, and packs them to be carried along.
 
-FlashInfer compiles a module for each dtype, cache dtype, head size, window on or off and soft cap on or off at its first
-use, with nvcc. Built modules put into ``flashinfer/data/aot`` are loaded from there, on any machine of the same chip.
+FlashInfer compiles a module for each dtype, cache dtype, head size, window on or off and soft cap on or off when it is
+first used, with nvcc. Built modules put into ``flashinfer/data/aot`` are loaded from there, on any machine of the same chip.
 
     python build_modules.py --out FOLDER --seconds 500      build until then, pack what is finished
     python build_modules.py --install FILE...               unpack packs into the installed FlashInfer
@@ -49,7 +49,7 @@ class Module(NamedTuple):
     softcap: bool
     kernels: str
 
-    def spec(self):  # noqa: ANN201
+    def spec(self):
         """What FlashInfer would build at first use."""
         from flashinfer.jit.attention import modules
 
@@ -77,7 +77,9 @@ def needed() -> list[Module]:
                 and (kind.qk_head_dim, kind.v_head_dim) in ((128, 128), (192, 128))
             )
             windowed = kind.sliding_window is not None and not masked
-            module = Module(case.dtype, kv, kind.qk_head_dim, kind.v_head_dim, windowed, kind.softcap > 0, "fa3" if fa3 else "fa2")
+            module = Module(
+                case.dtype, kv, kind.qk_head_dim, kind.v_head_dim, windowed, kind.softcap > 0, "fa3" if fa3 else "fa2"
+            )
             count[module] += 1
     mla = [
         Module("bfloat16", "auto", 576, 512, False, False, "mla_fa3"),
@@ -137,7 +139,7 @@ def pack(out: Path) -> None:
             archive, number = None, number + 1
             path = out / f"modules-{number}.tar.xz"
         if archive is None:
-            archive = tarfile.open(path, "w:xz", preset=1)
+            archive = tarfile.open(path, "w:xz", preset=1)  # noqa: SIM115 - closed when it is full
         archive.add(library, arcname=f"{library.parent.name}/{library.name}")
     if archive is not None:
         archive.close()

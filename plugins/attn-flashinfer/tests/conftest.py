@@ -11,9 +11,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from attn_flashinfer import library  # noqa: E402
-from attn_flashinfer.wrappers import workspace  # noqa: E402
-from fake_flashinfer import FakeFlashInfer  # noqa: E402
+from attn_flashinfer import library
+from attn_flashinfer.wrappers import workspace
+from fake_flashinfer import FakeFlashInfer
 
 
 @pytest.fixture(autouse=True)

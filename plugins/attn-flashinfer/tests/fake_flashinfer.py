@@ -4,7 +4,6 @@ Kept from the real ones: log-sum-exp in base 2; window_left w keeps w + 1 keys; 
 buffers on the device; packed masks with starts in bytes at run time, but computed in bits by plan(); fa3 without masks;
 planned dtypes, shapes and log-sum-exp modes checked at run time; MLA causal tiles that end inside a token refused.
 """
-# ruff: noqa: ANN001, ANN002, ANN003, ANN201, ANN202, ANN204
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ FA3_WIDTHS = ((64, 64), (128, 128), (256, 256), (192, 128))
 
 
 class FakeFlashInfer:
-    """``plans``: (wrapper class, keyword arguments) of each plan; ``runs``: likewise; ``made``: wrappers constructed."""
+    """``plans``: (wrapper class, keyword arguments) of each plan; ``runs``: likewise; ``made``: wrappers."""
 
     def __init__(self) -> None:
         self.plans: list[tuple[str, dict[str, Any]]] = []
@@ -159,7 +158,13 @@ class Decode(Paged):
     ):  # fmt: skip
         a = dict(locals())
         self._note("plans", a)
-        self._store(torch.arange(len(last_page_len) + 1, dtype=torch.int32), indptr, indices, last_page_len, a | {"causal": False})
+        self._store(
+            torch.arange(len(last_page_len) + 1, dtype=torch.int32),
+            indptr,
+            indices,
+            last_page_len,
+            a | {"causal": False},
+        )
 
     def run(self, q, paged_kv_cache, *, k_scale=None, v_scale=None, out=None, return_lse=False, sinks=None):
         self._note("runs", dict(locals()))
@@ -176,7 +181,9 @@ def fast_decode_plan(
     self._note("plans", a | {"fast": True})
     assert last_page_len.device.type == "cpu", "it would be read back"
     assert global_override_indptr_cpu is not None
-    self._plan_host(torch.arange(len(last_page_len) + 1, dtype=torch.int32), indptr, last_page_len, a | {"causal": False})
+    self._plan_host(
+        torch.arange(len(last_page_len) + 1, dtype=torch.int32), indptr, last_page_len, a | {"causal": False}
+    )
 
 
 class Prefill(Paged):
@@ -208,10 +215,14 @@ class Prefill(Paged):
             self._custom_mask_buf = packed_custom_mask
             lens = torch.diff(paged_kv_indptr).sub(1).clamp(min=0) * page_size + paged_kv_last_page_len
             in_bits = torch.cumsum(torch.diff(qo_indptr) * lens, 0)
-            self._mask_indptr_buf = torch.cat([torch.zeros(1), in_bits]).int() if packed_custom_mask is not None else None
+            self._mask_indptr_buf = (
+                torch.cat([torch.zeros(1), in_bits]).int() if packed_custom_mask is not None else None
+            )
         self._store(qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len, a)
 
-    def run(self, q, paged_kv_cache, *, k_scale=None, v_scale=None, out=None, return_lse=False, lse_base="log2", sinks=None):
+    def run(
+        self, q, paged_kv_cache, *, k_scale=None, v_scale=None, out=None, return_lse=False, lse_base="log2", sinks=None
+    ):
         self._note("runs", dict(locals()))
         mask = self._bits if self._custom_mask_buf is not None else None
         return self._attend(q, paged_kv_cache, out, return_lse, k_scale or 1.0, v_scale or 1.0, mask)
@@ -288,7 +299,15 @@ class MLA(Wrapper):
         )
         m = metadata
         made._plan_info = plan(
-            None, made._int_workspace_buffer, None, m.qo_indptr, m.kv_indptr, m.kv_len_arr, num_heads, head_dim_ckv, causal
+            None,
+            made._int_workspace_buffer,
+            None,
+            m.qo_indptr,
+            m.kv_indptr,
+            m.kv_len_arr,
+            num_heads,
+            head_dim_ckv,
+            causal,
         )
         wrapper._planned_backend = made
 

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
 from attn_core.errors import BatchError, CapacityError, ConfigError, KernelError
 from attn_core.planning.config import AttentionConfig, LayerKind
 from attn_core.runtime.batch import ForwardBatch, ForwardMode, TreeMask
@@ -18,6 +16,7 @@ from attn_core.testing.reference import reference, reference_ragged
 from attn_flashinfer import choice
 from attn_flashinfer.mha import FlashInferBackend
 from fake_flashinfer import FakeFlashInfer
+from torch import Tensor
 
 KIND = LayerKind(num_q_heads=6, num_kv_heads=2, qk_head_dim=16, v_head_dim=16)
 PARENTS = [[-1, 0, 0, 1, 3, -1], [-1, 0, 1, 2, 3, 4], [-1, -1, -1, 0, 1, 2]]

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from attn_core.errors import BatchError
 from attn_core.planning.config import AttentionConfig, LayerKind
 from attn_core.runtime.batch import ForwardBatch, ForwardMode, TreeMask
@@ -102,6 +101,7 @@ def test_replay_reads_the_batch_of_the_replay(fake: FakeFlashInfer, q: int) -> N
 def test_trees_are_refused(fake: FakeFlashInfer) -> None:
     config = config_of()
     tree = TreeMask.from_parents(torch.tensor([[-1, 0, 0]]))
+    batch = batch_of(ForwardMode.TARGET_VERIFY, [3], [9], tree=tree)
+    backend = FlashInferMLABackend(config, random_cache(config))
     with pytest.raises(BatchError, match="tree of drafts"):
-        batch = batch_of(ForwardMode.TARGET_VERIFY, [3], [9], tree=tree)
-        FlashInferMLABackend(config, random_cache(config)).init_forward_metadata(batch)
+        backend.init_forward_metadata(batch)

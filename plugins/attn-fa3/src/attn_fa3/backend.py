@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
-
 from attn_core.errors import BatchError, ConfigError
 from attn_core.planning.config import AttentionConfig, Phase
 from attn_core.planning.reasons import Reason, reason
@@ -15,6 +13,8 @@ from attn_core.runtime.backend import AttentionBackend
 from attn_core.runtime.batch import ForwardBatch
 from attn_core.runtime.kv_cache import KVCache
 from attn_core.runtime.layer import AttentionLayer
+from torch import Tensor
+
 from attn_fa3.build_flags import BuildFlags
 from attn_fa3.graph_buffers import GraphBuffers, fixed_splits
 from attn_fa3.join import join
@@ -33,7 +33,7 @@ class Pools(NamedTuple):
     v: Tensor
 
     def as_slots(self) -> Pools:
-        """The same memory as pages of one token, [slots, 1, Hkv, D]; a page begins `page_stride` slots after the last."""
+        """The same memory as pages of one token, [slots, 1, Hkv, D]; pages begin `page_stride` slots apart."""
         return Pools(_as_slots(self.k), _as_slots(self.v))
 
     @property
@@ -43,9 +43,9 @@ class Pools(NamedTuple):
 
 
 class FA3Backend(AttentionBackend):
-    """FlashAttention 3. Takes the page table natively; a decode, an extend, a mixed batch or a chain of drafts is one call.
+    """FlashAttention 3. Takes the page table natively: decode, extend, mixed batches, chains of drafts are one call.
 
-    A tree of drafts is two calls over disjoint keys and a merge. Absorbed MLA goes through ``qv``, where the build has it.
+    A tree of drafts is two calls over disjoint keys and a merge. Absorbed MLA goes through ``qv``, if the build has it.
     """
 
     name = "fa3"
@@ -119,9 +119,7 @@ class FA3Backend(AttentionBackend):
         return_lse: bool = False,
         out: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        return self.forward_extend(
-            q, k, v, layer, batch, save_kv_cache=save_kv_cache, return_lse=return_lse, out=out
-        )
+        return self.forward_extend(q, k, v, layer, batch, save_kv_cache=save_kv_cache, return_lse=return_lse, out=out)
 
     def forward_extend(
         self,
@@ -253,7 +251,13 @@ class FA3Backend(AttentionBackend):
         mla = layer.kind == "mla"
         pools = self._pools_of(layer)
         shape = Shape(
-            layer.num_q_heads, layer.num_kv_heads, pools.k.shape[-1], pools.v.shape[-1], window, causal, layer.softcap > 0
+            layer.num_q_heads,
+            layer.num_kv_heads,
+            pools.k.shape[-1],
+            pools.v.shape[-1],
+            window,
+            causal,
+            layer.softcap > 0,
         )
         schedule = step.schedules.get(
             (shape, keys is step.encoder_keys, causal), layer.layer_id, lambda: self._schedule(step, keys, shape)
@@ -266,12 +270,12 @@ class FA3Backend(AttentionBackend):
             options |= self._descales(layer, quantized.descale)
         if mla:
             nope = q[..., : layer.v_head_dim]
-            options["q_v"] = nope if uniform is None else nope.unflatten(0, (step.batch_size, uniform))
+            options["q_v"] = nope if uniform is None else nope.view(step.batch_size, uniform, *nope.shape[1:])
             q = q[..., layer.v_head_dim :]
         target = out
         if uniform is not None:
-            q = q.unflatten(0, (step.batch_size, uniform))
-            target = None if out is None else out.unflatten(0, (step.batch_size, uniform))
+            q = q.view(step.batch_size, uniform, *q.shape[1:])
+            target = None if out is None else out.view(step.batch_size, uniform, *out.shape[1:])
         try:
             result = self._library.forward(
                 q=q,
@@ -408,4 +412,3 @@ def _nothing(q: Tensor, layer: AttentionLayer, return_lse: bool) -> Tensor | tup
 
 def _dtype(config: AttentionConfig) -> torch.dtype:
     return cast(torch.dtype, getattr(torch, config.dtype))
-

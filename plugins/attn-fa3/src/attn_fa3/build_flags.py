@@ -72,7 +72,12 @@ class BuildFlags:
         checks = (
             (self.varlen, "varlen", "sequences of different lengths", "only equal lengths"),
             (self.paged or kind.ragged, "paged", "a paged cache", "no paged cache"),
-            (self.local or kind.sliding_window is None, "sliding_window", f"window {kind.sliding_window}", "no windows"),
+            (
+                self.local or kind.sliding_window is None,
+                "sliding_window",
+                f"window {kind.sliding_window}",
+                "no windows",
+            ),
             (self.softcap or not kind.softcap, "softcap", f"softcap {kind.softcap}", "no softcap"),
             (self.fp8 or config.kv_cache_dtype == "auto", "kv_dtype", config.kv_cache_dtype, "auto"),
             (self.float16 or config.dtype != "float16", "dtype", "float16", "bfloat16"),

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
-
 from attn_core.errors import BatchError, CapacityError
 from attn_core.planning.config import AttentionConfig
 from attn_core.runtime.batch import ForwardBatch, TreeMask
 from attn_core.runtime.kv_cache import KVCache
+from torch import Tensor
 
 #: What the parts of one layer's split attention may take, in bytes: it bounds the fixed number of splits of a graph.
 SPLIT_BUDGET = 32 << 20

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from attn_core.runtime.merge_state import merge_state
+from torch import Tensor
 
 
 def join(
@@ -24,7 +23,7 @@ def join(
     """
     if not first[0].is_cuda:
         return _join_on_host(first, second, sinks, out)
-    from attn_fa3.join_kernel import launch_join
+    from attn_fa3.kernels.join import launch_join
 
     target = torch.empty_like(first[0]) if out is None else out
     lse = first[1].new_empty(first[0].shape[:2]) if return_lse else None

@@ -1,4 +1,4 @@
-"""The one place that touches ``flash_attn_interface``: its two operators, found once, checked by name, errors made ours."""
+"""The one place that touches ``flash_attn_interface``: two operators, checked by name, and its errors made ours."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from functools import cache
 from importlib import import_module
 from typing import Any, Final
 
-from torch import Tensor
-
 from attn_core.errors import KernelError, PluginLoadError
+from torch import Tensor
 
 #: The arguments of the forward operator that we name; a build whose operator lacks one is refused when it is loaded.
 FORWARD_ARGUMENTS: Final = (

@@ -30,7 +30,9 @@ def quantize(q: Tensor, num_kv_heads: int, batch_size: int, query_start_loc: Ten
     if query_start_loc is None:
         request = torch.arange(tokens, device=q.device) // (tokens // batch_size)
     else:
-        request = torch.searchsorted(query_start_loc[1:], torch.arange(tokens, device=q.device, dtype=torch.int32), right=True)
+        request = torch.searchsorted(
+            query_start_loc[1:], torch.arange(tokens, device=q.device, dtype=torch.int32), right=True
+        )
         request = request.clamp(max=batch_size - 1)  # rows of padding, after the last request
     scale = largest.new_zeros(batch_size, num_kv_heads)
     scale.scatter_reduce_(0, request[:, None].expand(-1, num_kv_heads), largest, "amax")

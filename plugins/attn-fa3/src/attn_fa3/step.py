@@ -6,10 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Generic, NamedTuple, TypeVar
 
-from torch import Tensor
-
 from attn_core.errors import BatchError
 from attn_core.runtime.batch import ForwardBatch, ForwardMode, TreeMask
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -27,7 +26,7 @@ class Keys:
 
     @classmethod
     def of(cls, lens: Tensor, page_table: Tensor, page_size: int, longest: int) -> Keys:
-        """The columns of ``page_table`` that ``longest`` tokens need: the library sizes its work by the table's width."""
+        """The columns of ``page_table`` that ``longest`` tokens need: the library sizes its work by the width."""
         columns = max(1, min(page_table.shape[1], -(-longest // page_size)))
         return cls(lens, page_table[:, :columns], columns * page_size)
 

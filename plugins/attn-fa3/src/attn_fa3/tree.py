@@ -42,7 +42,7 @@ def own_keys(
     one page to the next in the cache seen as pages of one token (``page_size`` if pages follow each other).
     """
     if visible.is_cuda:
-        from attn_fa3.tree_kernel import launch_own_keys
+        from attn_fa3.kernels.tree import launch_own_keys
 
         return OwnKeys(*launch_own_keys(visible, prefix_lens, page_table, page_size, page_stride, window))
     return _own_keys_on_host(visible, prefix_lens, page_table, page_size, page_stride, window)
@@ -79,5 +79,7 @@ def leftover_prefix(depth: Tensor, prefix: Tensor, q: int, window: int | None) -
     row = torch.arange(q, device=depth.device)
     none = torch.zeros_like(prefix)
     low = torch.minimum(torch.maximum(prefix + depth - window + 1, none), prefix)
-    high = torch.minimum(torch.maximum(prefix + row - window + 1, none), prefix) if window > q else prefix.expand_as(low)
+    high = (
+        torch.minimum(torch.maximum(prefix + row - window + 1, none), prefix) if window > q else prefix.expand_as(low)
+    )
     return low, torch.maximum(high, low)

@@ -6,12 +6,11 @@ from functools import cache
 from typing import Final, NamedTuple
 
 import torch
-
 from attn_core.planning.config import AttentionConfig, LayerKind
 from attn_core.runtime.batch import ForwardBatch, ForwardMode
 from attn_core.runtime.layer import AttentionLayer
 
-#: Head widths (qk, v) for which fa3 is used. It has 64 and 256 as well; there fa2 is as good, and fa3 takes minutes to build.
+#: Head widths (qk, v) for which fa3 is used. It has 64 and 256 as well, but takes minutes to build for each.
 FA3_WIDTHS: Final = ((128, 128), (192, 128))
 
 
@@ -68,7 +67,11 @@ def route(shape: LayerShape, batch: ForwardBatch, config: AttentionConfig, devic
 
 def takes_fa3(shape: LayerShape, device: torch.device) -> bool:
     """Whether fa3 is the better choice for these widths on this chip."""
-    return (shape.qk_head_dim, shape.v_head_dim) in FA3_WIDTHS and not shape.softcap and compute_capability(device) == (9, 0)
+    return (
+        (shape.qk_head_dim, shape.v_head_dim) in FA3_WIDTHS
+        and not shape.softcap
+        and compute_capability(device) == (9, 0)
+    )
 
 
 @cache

@@ -7,12 +7,12 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from torch import Tensor
-
 from attn_core.errors import BatchError, CapacityError
 from attn_core.planning.config import AttentionConfig
 from attn_core.runtime.batch import ForwardBatch, ForwardMode
 from attn_core.runtime.kv_cache import KVCache
+from torch import Tensor
+
 from attn_flashinfer.choice import LayerShape, Route, route
 from attn_flashinfer.library import Library, errors_of
 from attn_flashinfer.masks import SLACK, MaskPlan, pack
@@ -94,13 +94,13 @@ class KeyBuffers:
     def _next_staging(self) -> Tensor:
         self._turn = (self._turn + 1) % len(self._staging)
         event = self._copied[self._turn]
-        if event is not None and not event.query():
+        if event is not None and not event.query():  # type: ignore[no-untyped-call]
             event.synchronize()
         return self._staging[self._turn]
 
     def _mark_copied(self) -> None:
         if self._lengths.is_cuda:
-            event = self._copied[self._turn] or torch.cuda.Event()
+            event = self._copied[self._turn] or torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
             self._copied[self._turn] = event
 
@@ -259,4 +259,3 @@ class GraphPlanner:
 
 def _key(batch: ForwardBatch) -> tuple[ForwardMode, int, int, bool]:
     return batch.mode, batch.batch_size, batch.num_tokens, batch.tree is not None
-

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
-
 from attn_core.runtime.batch import ForwardBatch
+from torch import Tensor
 
 #: The kernels read a mask in words: bytes after the last one must be there.
 SLACK = 16
@@ -56,7 +55,7 @@ def pack(
     not allocate.
     """
     if batch.device.type == "cuda":
-        from attn_flashinfer.kernels import launch_pack
+        from attn_flashinfer.kernels.metadata import launch_pack
 
         launch_pack(batch, window, byte_starts, packed, longest, depths)
         return

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from attn_core.errors import BatchError
 from attn_core.planning.config import AttentionConfig
 from attn_core.runtime.batch import ForwardBatch, ForwardMode
 from attn_core.runtime.kv_cache import FP8_DTYPES, KVCache
 from attn_core.runtime.layer import AttentionLayer
+from torch import Tensor
+
 from attn_flashinfer.choice import LayerShape
 from attn_flashinfer.graphs import GraphPlanner, GraphStep
 from attn_flashinfer.library import errors_of, load
@@ -79,9 +79,7 @@ class FlashInferBackend(RaggedForward):
         return_lse: bool = False,
         out: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        return self.forward_extend(
-            q, k, v, layer, batch, save_kv_cache=save_kv_cache, return_lse=return_lse, out=out
-        )
+        return self.forward_extend(q, k, v, layer, batch, save_kv_cache=save_kv_cache, return_lse=return_lse, out=out)
 
     def forward_extend(
         self,

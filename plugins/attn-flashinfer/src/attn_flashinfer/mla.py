@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from attn_core.errors import BatchError
 from attn_core.planning.config import AttentionConfig
 from attn_core.runtime.batch import ForwardBatch, ForwardMode
 from attn_core.runtime.kv_cache import FP8_DTYPES, KVCache
 from attn_core.runtime.layer import AttentionLayer
+from torch import Tensor
+
 from attn_flashinfer.choice import compute_capability
 from attn_flashinfer.library import errors_of, load
 from attn_flashinfer.mla_graphs import MLAGraphPlanner
@@ -22,7 +22,7 @@ from attn_flashinfer.wrappers import WrapperPool, workspace
 
 
 class FlashInferMLABackend(RaggedForward):
-    """FlashInfer MLA: decode, chain verify and prefill are one kernel, causal where a request has several new tokens."""
+    """FlashInfer MLA: decode, chain verify and prefill are one kernel, causal where a request has several tokens."""
 
     name = "flashinfer_mla"
     cuda_graph_seq_len_fill_value = 1
@@ -97,9 +97,7 @@ class FlashInferMLABackend(RaggedForward):
         return_lse: bool = False,
         out: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        return self.forward_extend(
-            q, k, v, layer, batch, save_kv_cache=save_kv_cache, return_lse=return_lse, out=out
-        )
+        return self.forward_extend(q, k, v, layer, batch, save_kv_cache=save_kv_cache, return_lse=return_lse, out=out)
 
     def forward_extend(
         self,
@@ -120,7 +118,8 @@ class FlashInferMLABackend(RaggedForward):
         shape = LatentShape.of(layer)
         if not isinstance(batch.plan_state, MLAStep) or shape not in batch.plan_state.wrappers:
             raise BatchError(
-                f"no plan for a layer of {shape}", hint="name all layer kinds in the config, and call init_forward_metadata"
+                f"no plan for a layer of {shape}",
+                hint="name all layer kinds in the config, and call init_forward_metadata",
             )
         wrapper = batch.plan_state.wrappers[shape]
         padded = shape.padded_heads != shape.num_heads

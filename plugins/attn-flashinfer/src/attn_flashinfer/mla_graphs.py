@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from attn_core.errors import BatchError, CapacityError, KernelError
 from attn_core.planning.config import AttentionConfig
 from attn_core.runtime.batch import ForwardBatch, ForwardMode
 from attn_core.runtime.kv_cache import KVCache
+from torch import Tensor
+
 from attn_flashinfer.graphs import KeyBuffers
 from attn_flashinfer.library import errors_of
 from attn_flashinfer.mla_plan import LatentShape, MLAStep, plan_latent
@@ -20,7 +20,9 @@ from attn_flashinfer.wrappers import PlannedWrapper, workspace
 class MLAGraphPlanner:
     """One wrapper for each shape of layer and captured batch size, over one set of page buffers."""
 
-    def __init__(self, config: AttentionConfig, cache: KVCache, library: Any, kernels: str, max_batch_size: int) -> None:
+    def __init__(
+        self, config: AttentionConfig, cache: KVCache, library: Any, kernels: str, max_batch_size: int
+    ) -> None:
         max_len = cache.num_pages * cache.page_size if config.max_context_len is None else config.max_context_len
         pages = -(-max_len // cache.page_size)
         self._config, self._cache, self._library, self._kernels = config, cache, library, kernels
@@ -45,8 +47,8 @@ class MLAGraphPlanner:
     def replay(self, batch: ForwardBatch) -> None:
         """Plan again: the library's plan kernel tables alone, into the buffers that the graph reads.
 
-        ``wrapper.plan`` would copy its 8 MiB of tables aside first, in case it fails. Raises BatchError for a batch size
-        that was not captured, KernelError if the library lays the tables out otherwise than for the capture.
+        ``wrapper.plan`` would copy its 8 MiB of tables aside first, in case it fails. Raises BatchError for a batch
+        size that was not captured, KernelError if the library lays the tables out otherwise than for the capture.
         """
         captured = self._captured.get((batch.mode, batch.batch_size, batch.num_tokens))
         if captured is None:
@@ -113,8 +115,8 @@ class MLAGraphPlanner:
         return planned
 
     def _share_tables(self, wrapper: Any, shape: LatentShape, q: int) -> None:
-        """One set of plan tables, on the device and page-locked, for all batch sizes: only one graph runs at a time, and
-        each is planned just before it runs."""
+        """One set of plan tables, on the device and page-locked, for all batch sizes: one graph runs at a time, each
+        planned just before it runs."""
         made = wrapper._planned_backend
         own = (made._int_workspace_buffer, made._pin_memory_int_workspace_buffer)
         shared = self._tables.setdefault((shape, q), own)

@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 import torch
-from torch import Tensor
-
 from attn_core.planning.config import AttentionConfig, LayerKind
 from attn_core.runtime.kv_cache import KVCache
 from attn_core.runtime.layer import AttentionLayer
+from torch import Tensor
 
 #: The most query heads of one call: a tile of the kernels has 64 or 128 rows, each a head of a token.
 MAX_HEADS: Final = 128

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
-
 from attn_core.errors import BatchError
+from torch import Tensor
 
 
 @dataclass(slots=True, eq=False)
@@ -71,7 +70,7 @@ def expand(page_table: Tensor, indptr: Tensor, indices: Tensor, *, longest: int)
     if not longest:
         return
     if page_table.is_cuda:
-        from attn_flashinfer.kernels import launch_expand
+        from attn_flashinfer.kernels.metadata import launch_expand
 
         launch_expand(page_table, indptr, indices, longest)
         return

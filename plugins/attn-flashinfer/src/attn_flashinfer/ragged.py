@@ -6,11 +6,11 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from attn_core.errors import ConfigError
 from attn_core.runtime.backend import AttentionBackend
 from attn_core.runtime.layer import AttentionLayer
+from torch import Tensor
+
 from attn_flashinfer.choice import LayerShape, takes_fa3
 from attn_flashinfer.library import errors_of, load
 from attn_flashinfer.sinks import LN2, fold_sinks
@@ -106,9 +106,7 @@ def writable(out: Tensor | None) -> Tensor | None:
     return out if out is not None and out.is_contiguous() else None
 
 
-def finish(
-    found: Any, sinks: Tensor | None, return_lse: bool, out: Tensor | None
-) -> Tensor | tuple[Tensor, Tensor]:
+def finish(found: Any, sinks: Tensor | None, return_lse: bool, out: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
     """What a wrapper returned, as the contract has it: sinks folded in, LSE natural, in the engine's ``out``.
 
     found: out [T, Hq, Dv], or that and lse [T, Hq] in base 2.

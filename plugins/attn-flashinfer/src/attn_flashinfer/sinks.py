@@ -19,7 +19,7 @@ def fold_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
     the wrapper that has sinks has neither soft cap nor masks, and one module name for all head sizes.
     """
     if out.is_cuda:
-        from attn_flashinfer.kernels import launch_fold
+        from attn_flashinfer.kernels.metadata import launch_fold
 
         launch_fold(out, lse, sinks)
         return

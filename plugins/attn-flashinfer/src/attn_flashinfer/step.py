@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from attn_core.errors import BatchError
 from attn_core.planning.config import AttentionConfig
 from attn_core.runtime.batch import ForwardBatch
 from attn_core.runtime.kv_cache import KVCache
+from torch import Tensor
+
 from attn_flashinfer.choice import LayerShape, Route, route
 from attn_flashinfer.library import errors_of, load
 from attn_flashinfer.masks import MaskPlan, pack

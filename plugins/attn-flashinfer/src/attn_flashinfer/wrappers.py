@@ -37,12 +37,12 @@ class PlannedWrapper:
 
     def plan(self, call: Callable[..., None], *arguments: Any, **options: Any) -> None:
         """``call(*arguments, **options)``, which plans the wrapper, when it may."""
-        if self._copied is not None and not self._copied.query():
+        if self._copied is not None and not self._copied.query():  # type: ignore[no-untyped-call]
             self._copied.synchronize()
         call(*arguments, **options)
         if self.wrapper.device.type == "cuda":
             if self._copied is None:
-                self._copied = torch.cuda.Event()
+                self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record()
 
 

@@ -10,15 +10,16 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor
-
-from attn_core.errors import KernelError, PluginLoadError
+from attn_core.errors import PluginLoadError
 from attn_core.planning.config import AttentionConfig, Phase
 from attn_core.planning.reasons import Reason, reason
 from attn_core.runtime.kv_cache import KVCache
 from attn_core.runtime.layer import AttentionLayer
+from torch import Tensor
+
 from attn_mla.latent_decode import LatentDecodeBackend
 from attn_mla.latent_step import LatentStep
+from attn_mla.library_errors import raised
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,9 @@ class FlashMLABackend(LatentDecodeBackend):
         if has_legacy is None or has_legacy():
             return ()
         have = "a build without FLASH_MLA_BUILD_LEGACY"
-        return (reason("build_unsupported", "flash_mla", "dense decode on Hopper", have, "install sgl-flash-mla's wheel"),)
+        return (
+            reason("build_unsupported", "flash_mla", "dense decode on Hopper", have, "install sgl-flash-mla's wheel"),
+        )
 
     def attend(
         self, q: Tensor, layer: AttentionLayer, step: LatentStep, return_lse: bool, out: Tensor | None
@@ -86,10 +89,7 @@ class FlashMLABackend(LatentDecodeBackend):
                 **self._library.hopper,
             )
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-            raise KernelError(
-                f"FlashMLA, layer {layer.layer_id}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
-                hint="the cause is the library's own error; `attn verify flashmla` shows whether this installation works",
-            ) from error
+            raise raised(error, "FlashMLA", layer, "`attn verify flashmla` shows whether it works here") from error
         return found, _natural(lse) if return_lse else None
 
 

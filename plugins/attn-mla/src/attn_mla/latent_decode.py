@@ -5,14 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 
 import torch
-from torch import Tensor
-
 from attn_core.errors import BatchError
 from attn_core.planning.config import AttentionConfig
 from attn_core.runtime.backend import AttentionBackend
 from attn_core.runtime.batch import ForwardBatch
 from attn_core.runtime.kv_cache import KVCache
 from attn_core.runtime.layer import AttentionLayer
+from torch import Tensor
+
 from attn_mla.latent_step import LatentGraphBuffers, LatentStep
 
 
@@ -66,7 +66,7 @@ class LatentDecodeBackend(AttentionBackend):
             empty = q.new_empty(0, layer.num_q_heads, layer.v_head_dim)
             return (empty, q.new_empty(0, layer.num_q_heads, dtype=torch.float32)) if return_lse else empty
         step: LatentStep = batch.plan_state
-        found, lse = self.attend(q.unflatten(0, (-1, step.query_len)), layer, step, return_lse, out)
+        found, lse = self.attend(q.view(-1, step.query_len, *q.shape[1:]), layer, step, return_lse, out)
         rows = found.flatten(0, 1)
         if out is not None and rows.data_ptr() != out.data_ptr():
             rows = out.copy_(rows)

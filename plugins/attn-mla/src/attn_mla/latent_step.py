@@ -6,12 +6,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
-from torch import Tensor
-
 from attn_core.errors import BatchError, CapacityError
 from attn_core.planning.config import AttentionConfig
 from attn_core.runtime.batch import ForwardBatch, ForwardMode
 from attn_core.runtime.kv_cache import KVCache
+from torch import Tensor
 
 MODES: Final = (ForwardMode.DECODE, ForwardMode.TARGET_VERIFY)
 

@@ -7,14 +7,15 @@ from importlib import import_module
 from typing import Any, Final
 
 import torch
-from torch import Tensor
-
-from attn_core.errors import KernelError, PluginLoadError
+from attn_core.errors import PluginLoadError
 from attn_core.planning.config import AttentionConfig
 from attn_core.runtime.kv_cache import KVCache
 from attn_core.runtime.layer import AttentionLayer
+from torch import Tensor
+
 from attn_mla.latent_decode import LatentDecodeBackend
 from attn_mla.latent_step import LatentStep
+from attn_mla.library_errors import raised
 
 #: Width of a query head before absorption, without its rotary part: DeepSeek's, the only one with 512 + 64.
 QK_NOPE_HEAD_DIM: Final = 128
@@ -27,7 +28,9 @@ def load() -> Any:
     try:
         return import_module("flashinfer.mla").trtllm_batch_decode_with_kv_cache_mla
     except (ImportError, OSError, AttributeError) as error:
-        raise PluginLoadError(f"flashinfer cannot be imported: {error}", hint="pip install flashinfer-python") from error
+        raise PluginLoadError(
+            f"flashinfer cannot be imported: {error}", hint="pip install flashinfer-python"
+        ) from error
 
 
 @cache
@@ -50,7 +53,7 @@ class TRTLLMMLABackend(LatentDecodeBackend):
         self, q: Tensor, layer: AttentionLayer, step: LatentStep, return_lse: bool, out: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         batch, query_len, heads, width = q.shape
-        target = None if out is None else out.unflatten(0, (batch, query_len))
+        target = None if out is None else out.view(batch, query_len, *out.shape[1:])
         lse = q.new_empty(batch * query_len, heads, dtype=torch.float32) if return_lse else None
         try:
             found = self._decode(
@@ -72,8 +75,5 @@ class TRTLLMMLABackend(LatentDecodeBackend):
                 return_lse_base="basee",
             )
         except (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError) as error:
-            raise KernelError(
-                f"TRT-LLM MLA, layer {layer.layer_id}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
-                hint="the cause is FlashInfer's own error; the kernels are for sm_100",
-            ) from error
+            raise raised(error, "TRT-LLM MLA", layer, "the kernels are for sm_100 alone") from error
         return (found[0] if return_lse else found), lse

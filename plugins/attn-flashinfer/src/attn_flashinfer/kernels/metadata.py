@@ -1,14 +1,12 @@
 """Our Triton kernels around FlashInfer: page indices, packed masks, and sinks folded into an output."""
-# mypy: disable-error-code="import-not-found, import-untyped, no-untyped-def, no-untyped-call, untyped-decorator, misc, type-arg, valid-type, name-defined, unused-ignore"
 
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from attn_core.runtime.batch import ForwardBatch
+from torch import Tensor
 
 _TILE = 1024
 _HEADS = 8

@@ -1,5 +1,4 @@
 """The Triton kernel behind `join`: one program for a token and a few heads."""
-# mypy: disable-error-code="import-not-found, import-untyped, no-untyped-def, no-untyped-call, untyped-decorator, misc, type-arg, valid-type, name-defined, unused-ignore"
 
 from __future__ import annotations
 
@@ -55,7 +54,11 @@ def _join(
 
 
 def launch_join(
-    first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor] | None, sinks: Tensor | None, out: Tensor, lse: Tensor | None
+    first: tuple[Tensor, Tensor],
+    second: tuple[Tensor, Tensor] | None,
+    sinks: Tensor | None,
+    out: Tensor,
+    lse: Tensor | None,
 ) -> None:
     """Fill ``out`` [T, Hq, Dv] and ``lse`` [T, Hq] from the parts; ``out`` may be the first part."""
     tokens, heads, width = out.shape

@@ -1,5 +1,4 @@
 """The Triton kernel behind `own_keys`: one program for a draft token."""
-# mypy: disable-error-code="import-not-found, import-untyped, no-untyped-def, no-untyped-call, untyped-decorator, misc, type-arg, valid-type, name-defined, unused-ignore"
 
 from __future__ import annotations
 

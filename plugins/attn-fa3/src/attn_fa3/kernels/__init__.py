@@ -1,0 +1,1 @@
+"""Our Triton kernels around the library: joining partial results, and the keys of tree drafts."""

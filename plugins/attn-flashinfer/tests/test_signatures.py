@@ -1,0 +1,143 @@
+"""Every call that our code makes is one that the real library takes: bound against the wheel's own sources."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+import pytest
+import torch
+from attn_core.runtime.batch import ForwardMode, TreeMask
+from attn_core.runtime.layer import AttentionLayer
+from attn_flashinfer.mha import FlashInferBackend
+from attn_flashinfer.mla import FlashInferMLABackend
+from fake_flashinfer import MLA, Decode, FakeFlashInfer, Prefill, Ragged, fast_decode_plan
+from real_wheel import signature_of, source
+from test_mha import KIND as MHA_KIND
+from test_mha import PARENTS, STEPS, batch_of, config_of, inputs, layer_of, random_cache
+from test_mla import batch_of as latent_batch_of
+from test_mla import config_of as latent_config_of
+from test_mla import random_cache as latent_random_cache
+
+FLASHINFER = "flashinfer-python==0.7.2.post1"
+DECODE = ("flashinfer/decode.py", "BatchDecodeWithPagedKVCacheWrapper")
+PREFILL = ("flashinfer/prefill.py", "BatchPrefillWithPagedKVCacheWrapper")
+RAGGED = ("flashinfer/prefill.py", "BatchPrefillWithRaggedKVCacheWrapper")
+LATENT = ("flashinfer/mla/_batch_mla/_wrapper.py", "BatchMLAPagedAttentionWrapper")
+#: Each function of the stand-in, and where the real one is.
+FUNCTIONS: dict[str, tuple[Callable[..., object], tuple[str, str]]] = {
+    "decode wrapper": (Decode.__init__, (DECODE[0], f"{DECODE[1]}.__init__")),
+    "decode plan": (Decode.plan, (DECODE[0], f"{DECODE[1]}._plan_impl")),
+    "decode run": (Decode.run, (DECODE[0], f"{DECODE[1]}.run")),
+    "fast decode plan": (fast_decode_plan, (DECODE[0], "fast_decode_plan")),
+    "prefill wrapper": (Prefill.__init__, (PREFILL[0], f"{PREFILL[1]}.__init__")),
+    "prefill plan": (Prefill.plan, (PREFILL[0], f"{PREFILL[1]}.plan")),
+    "prefill run": (Prefill.run, (PREFILL[0], f"{PREFILL[1]}.run")),
+    "prefill workspace": (Prefill.reset_workspace_buffer, (PREFILL[0], f"{PREFILL[1]}.reset_workspace_buffer")),
+    "decode workspace": (Decode.reset_workspace_buffer, (DECODE[0], f"{DECODE[1]}.reset_workspace_buffer")),
+    "ragged wrapper": (Ragged.__init__, (RAGGED[0], f"{RAGGED[1]}.__init__")),
+    "ragged plan": (Ragged.plan, (RAGGED[0], f"{RAGGED[1]}.plan")),
+    "ragged run": (Ragged.run, (RAGGED[0], f"{RAGGED[1]}.run")),
+    "mla wrapper": (MLA.__init__, (LATENT[0], f"{LATENT[1]}.__init__")),
+    "mla plan": (MLA.plan, (LATENT[0], f"{LATENT[1]}.plan")),
+    "mla run": (MLA.run, (LATENT[0], f"{LATENT[1]}.run")),
+}
+
+
+def real(name: str) -> inspect.Signature:
+    member, function = FUNCTIONS[name][1]
+    return signature_of(source(FLASHINFER, member), function)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_the_stand_in_takes_the_library_takes_in_the_same_places(name: str) -> None:
+    """Our calls run against the stand-in in every other test: so each of them binds to the real function too."""
+    ours = [p for p in inspect.signature(FUNCTIONS[name][0]).parameters.values() if p.name != "self"]
+    theirs = {p: i for i, p in enumerate(q for q in real(name).parameters if q != "self")}
+    missing = [p.name for p in ours if p.name not in theirs]
+    assert not missing, f"{name}: the library has no {missing}"
+    positional = [p.name for p in ours if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    required = [p.name for p in ours if p.default is inspect.Parameter.empty]
+    assert [theirs[p] for p in required if p in positional] == sorted(theirs[p] for p in required if p in positional)
+    real(name).bind(
+        **dict.fromkeys(p.name for p in ours if p.kind is not inspect.Parameter.VAR_KEYWORD), **self_of(name)
+    )
+
+
+def self_of(name: str) -> dict[str, None]:
+    """fast_decode_plan is a method in all but place: its first argument is the wrapper."""
+    return {"self": None} if "self" in real(name).parameters else {}
+
+
+def test_every_required_argument_of_the_library_is_given(fake: FakeFlashInfer) -> None:
+    """The calls of a decode, a prefill, a tree, a ragged and a latent step, with what each really passed."""
+    for step, tree in (("decode", False), ("prefix", False), ("chain", True)):
+        mode, query, lens = STEPS[step]
+        if tree:
+            query, lens = [6, 6], [14, 9]
+        mask = TreeMask.from_parents(torch.tensor(PARENTS[:2])) if tree else None
+        batch = batch_of(mode, query, lens, tree=mask)
+        config = config_of(MHA_KIND)
+        backend = FlashInferBackend(config, random_cache(config))
+        backend.init_forward_metadata(batch)
+        backend.forward(*inputs(MHA_KIND, batch.num_tokens), layer_of(config), batch, return_lse=True)
+    latent = latent_config_of()
+    latent_batch = latent_batch_of(ForwardMode.EXTEND, [2], [5])
+    latent_backend = FlashInferMLABackend(latent, latent_random_cache(latent))
+    latent_backend.init_forward_metadata(latent_batch)
+    layer = AttentionLayer.of_kind(latent.layers[0], 0)
+    latent_backend.forward(torch.randn(2, 4, 576).bfloat16(), None, None, layer, latent_batch)
+    names = {"Decode": "decode", "Prefill": "prefill", "MLA": "mla"}
+    for list_name, what in (("plans", "plan"), ("runs", "run")):
+        for wrapper, arguments in getattr(fake, list_name):
+            signature = real(f"{names[wrapper]} {what}")
+            passed = {k: v for k, v in arguments.items() if k not in ("self", "a", "wrapper")}
+            signature.bind(**passed)
+    assert len(fake.plans) == 4
+
+
+def test_a_changed_signature_would_fail() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        real("prefill run").bind(q=None, paged_kv_cache=None, not_an_argument=None)
+    with pytest.raises(TypeError, match="missing"):
+        real("prefill plan").bind(causal=True)
+
+
+@pytest.mark.parametrize(
+    ("member", "names"),
+    [
+        (PREFILL[0], ("self._mask_indptr_buf = ", "self._custom_mask_buf is not None")),
+        (
+            "flashinfer/mla/_batch_mla/_backends/_fa_common.py",
+            (
+                "self._int_workspace_buffer = ", "self._pin_memory_int_workspace_buffer = ", "self._cached_module = ",
+                "self._plan_info = ", "self._causal = ", "self._float_workspace_buffer = ",
+            ),
+        ),
+        (LATENT[0], ("self._planned_backend = planned_backend",)),
+    ],
+)  # fmt: skip
+def test_the_inner_names_that_we_touch_are_still_there(member: str, names: tuple[str, ...]) -> None:
+    text = source(FLASHINFER, member)
+    assert [name for name in names if name not in text] == []
+
+
+def test_the_order_of_the_mla_planners_tables_is_the_one_we_pass() -> None:
+    """`MLAGraphPlanner` plans the tables again without the wrapper, as `_plan_generated_fa` does."""
+    text = source(FLASHINFER, "flashinfer/mla/_batch_mla/_backends/_fa_common.py")
+    inside = text[text.index("plan_args = (") :]
+    order = [line.strip().rstrip(",") for line in inside[: inside.index(")")].splitlines()[1:] if line.strip()]
+    assert order == [
+        "self._float_workspace_buffer", "self._int_workspace_buffer", "self._pin_memory_int_workspace_buffer",
+        "qo_indptr_host", "kv_indptr_host", "kv_len_arr_host", "num_heads", "head_dim_ckv", "causal",
+    ]  # fmt: skip
+
+
+def test_the_traps_we_work_around_are_still_in_the_library() -> None:
+    """If one is gone, its workaround can go too."""
+    prefill = source(FLASHINFER, PREFILL[0])
+    assert "left (inclusive) window size" in prefill
+    assert "mask_indptr = _compute_page_mask_indptr(" in prefill, "starts of packed masks, counted in bits"
+    sinks = source(FLASHINFER, "flashinfer/attention/_core.py")
+    uri = sinks[sinks.index("batch_prefill_attention_sink_") :].splitlines()[0]
+    assert "head_dim" not in uri, "one module name for all head sizes"

@@ -1,0 +1,169 @@
+"""`flashmla` and `trtllm_mla` against the oracle, over the stand-in libraries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from attn_core.errors import BatchError, CapacityError, KernelError, PluginLoadError
+from attn_core.planning.config import AttentionConfig, LayerKind
+from attn_core.runtime.backend import AttentionBackend
+from attn_core.runtime.batch import ForwardBatch, ForwardMode, TreeMask
+from attn_core.runtime.kv_cache import KVCache
+from attn_core.runtime.layer import AttentionLayer
+from attn_core.testing.reference import reference
+from attn_mla import flashmla
+from attn_mla.flashmla import FlashMLABackend
+from attn_mla.trtllm import TRTLLMMLABackend
+from fake_mla_libraries import FakeLibraries
+
+BACKENDS = [FlashMLABackend, TRTLLMMLABackend]
+STEPS = {
+    "decode": (ForwardMode.DECODE, [1, 1, 1], [1, 64, 130]),
+    "chain": (ForwardMode.TARGET_VERIFY, [4, 4], [131, 4]),
+}
+
+
+def config_of(heads: int = 4, layers: int = 1, **serving: Any) -> AttentionConfig:
+    kind = LayerKind(heads, 1, 576, 512, kind="mla", scale=192**-0.5, layer_ids=tuple(range(layers)))
+    return AttentionConfig(layers=(kind,), **{"page_size": 64, "kv_layout": "MLA", **serving})
+
+
+def batch_of(mode: ForwardMode, query: list[int], lens: list[int], **more: Any) -> ForwardBatch:
+    page, pages = 30, []
+    for length in lens:
+        count = -(-length // 64)
+        pages.append(list(range(page, page - count, -1)))
+        page -= count
+    return ForwardBatch.build(mode, query_lens=query, seq_lens=lens, pages=pages, page_size=64, **more)
+
+
+def random_cache(config: AttentionConfig) -> KVCache:
+    cache = KVCache.allocate(config, num_pages=32)
+    for i in cache.layer_ids:
+        cache.k(i).normal_()
+    return cache
+
+
+def queries(batch: ForwardBatch, heads: int = 4) -> torch.Tensor:
+    return torch.randn(batch.num_tokens, heads, 576).bfloat16()
+
+
+@pytest.mark.parametrize("cls", BACKENDS)
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("heads", [1, 3, 16])
+def test_every_step_is_right(fake: FakeLibraries, cls: type[AttentionBackend], step: str, heads: int) -> None:
+    torch.manual_seed(0)
+    config, batch = config_of(heads), batch_of(*STEPS[step])
+    cache = random_cache(config)
+    backend, layer = cls(config, cache), AttentionLayer.of_kind(config.layers[0], 0)
+    q, k = queries(batch, heads), torch.randn(batch.num_tokens, 1, 576).bfloat16()
+    backend.init_forward_metadata(batch)
+    out, lse = backend.forward(q, k, None, layer, batch, return_lse=True)
+    want, want_lse = reference(q, layer, batch, cache)
+    torch.testing.assert_close(out.double(), want, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(lse.double(), want_lse, atol=1e-3, rtol=1e-3)
+    mine = torch.full_like(out, 7.0)
+    assert backend.forward(q, None, None, layer, batch, save_kv_cache=False, out=mine) is mine
+    torch.testing.assert_close(mine.double(), want, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("cls", BACKENDS)
+def test_a_row_without_keys_has_lse_minus_infinity(fake: FakeLibraries, cls: type[AttentionBackend]) -> None:
+    config, batch = config_of(), batch_of(ForwardMode.TARGET_VERIFY, [2, 2], [9, 2])
+    backend, layer = cls(config, random_cache(config)), AttentionLayer.of_kind(config.layers[0], 0)
+    batch.seq_lens[1] = 1  # a padded request: fewer keys than queries
+    backend.init_forward_metadata(batch)
+    _, lse = backend.forward(queries(batch), None, None, layer, batch, return_lse=True)
+    assert (lse[2] == float("-inf")).all()
+
+
+def test_the_schedule_is_made_once_a_step_and_never_kept(fake: FakeLibraries) -> None:
+    config = config_of(layers=3)
+    backend = FlashMLABackend(config, random_cache(config))
+    for lens in ([1, 64], [2, 65]):
+        batch = batch_of(ForwardMode.DECODE, [1, 1], lens)
+        backend.init_forward_metadata(batch)
+        for i in range(3):
+            backend.forward(queries(batch), None, None, AttentionLayer.of_kind(config.layers[0], i), batch)
+    assert len(fake.schedules) == 2
+    assert len(fake.calls) == 6
+
+
+@pytest.mark.parametrize("cls", BACKENDS)
+@pytest.mark.parametrize("q", [1, 3])
+def test_replay_reads_the_batch_of_the_replay(fake: FakeLibraries, cls: type[AttentionBackend], q: int) -> None:
+    torch.manual_seed(0)
+    config = config_of(max_context_len=256)
+    cache = random_cache(config)
+    backend, layer = cls(config, cache), AttentionLayer.of_kind(config.layers[0], 0)
+    mode = ForwardMode.DECODE if q == 1 else ForwardMode.TARGET_VERIFY
+    backend.init_cuda_graph_state(4, 4 * q)
+    captured = batch_of(mode, [q, q], [6, 7])
+    backend.init_forward_metadata_capture_cuda_graph(captured)
+    backend.forward(queries(captured), None, None, layer, captured)
+    replayed = batch_of(mode, [q, q], [131, 70])
+    backend.init_forward_metadata_replay_cuda_graph(replayed)
+    asked = queries(replayed)
+    out = backend.forward(asked, None, None, layer, captured, save_kv_cache=False)
+    torch.testing.assert_close(out.double(), reference(asked, layer, replayed, cache)[0], atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("cls", BACKENDS)
+def test_what_they_cannot_run_is_refused_by_name(fake: FakeLibraries, cls: type[AttentionBackend]) -> None:
+    config = config_of(max_context_len=64)
+    backend = cls(config, random_cache(config))
+    with pytest.raises(BatchError, match=f"{cls.name} was given EXTEND"):
+        backend.init_forward_metadata(batch_of(ForwardMode.EXTEND, [3], [9]))
+    tree = TreeMask.from_parents(torch.tensor([[-1, 0, 0]]))
+    with pytest.raises(BatchError, match="a tree of drafts"):
+        backend.init_forward_metadata(batch_of(ForwardMode.TARGET_VERIFY, [3], [9], tree=tree))
+    with pytest.raises(BatchError, match="init_cuda_graph_state"):
+        backend.init_forward_metadata_capture_cuda_graph(batch_of(*STEPS["decode"]))
+    backend.init_cuda_graph_state(2, 2)
+    with pytest.raises(CapacityError, match="graph of 3 requests"):
+        backend.init_forward_metadata_capture_cuda_graph(batch_of(*STEPS["decode"]))
+    with pytest.raises(BatchError, match="max_context_len"):
+        backend.init_forward_metadata_replay_cuda_graph(batch_of(ForwardMode.DECODE, [1], [130]))
+
+
+@pytest.mark.parametrize("cls", BACKENDS)
+def test_a_librarys_error_keeps_its_cause(fake: FakeLibraries, cls: type[AttentionBackend]) -> None:
+    config, batch = config_of(), batch_of(*STEPS["decode"])
+    backend, layer = cls(config, random_cache(config)), AttentionLayer.of_kind(config.layers[0], 0)
+    backend.init_forward_metadata(batch)
+    fake.fail = RuntimeError("no kernel image is available")
+    with pytest.raises(KernelError, match="no kernel image") as caught:
+        backend.forward(queries(batch), None, None, layer, batch)
+    assert caught.value.__cause__ is fake.fail
+
+
+def test_a_build_without_the_hopper_kernels_is_refused(fake: FakeLibraries) -> None:
+    assert FlashMLABackend.build_reasons(config_of(), "decode") == ()
+    fake.legacy = False
+    (found,) = FlashMLABackend.build_reasons(config_of(), "decode")
+    assert found.code == "build_unsupported"
+
+
+def test_a_flash_mla_of_the_old_interface_is_refused(fake: FakeLibraries, monkeypatch: pytest.MonkeyPatch) -> None:
+    import flash_mla
+
+    def old(q, k_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata, num_splits) -> None:
+        raise AssertionError("not called")
+
+    monkeypatch.setattr(flash_mla, "flash_mla_with_kvcache", old)
+    with pytest.raises(PluginLoadError, match="two tensors"):
+        flashmla.load()
+
+
+def test_upstreams_interface_is_called_without_the_forks_option(
+    fake: FakeLibraries, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import flash_mla
+
+    def upstream(q, tile_scheduler_metadata, num_splits=None) -> None:
+        raise AssertionError("not called")
+
+    monkeypatch.setattr(flash_mla, "flash_mla_with_kvcache", upstream)
+    assert flashmla.load().hopper == {}

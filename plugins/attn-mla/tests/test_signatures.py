@@ -1,0 +1,76 @@
+"""Every call that our code makes is one that the real libraries take: bound against the wheels' own sources."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from attn_core.runtime.backend import AttentionBackend
+from attn_core.runtime.layer import AttentionLayer
+from attn_mla.flashmla import FlashMLABackend
+from attn_mla.trtllm import TRTLLMMLABackend
+from fake_mla_libraries import FakeLibraries
+from real_wheel import signature_of, source
+from test_decode import STEPS, batch_of, config_of, queries, random_cache
+
+FLASH_MLA = "sgl-flash-mla==1.0.0"
+FLASHINFER = "flashinfer-python==0.7.2.post1"
+MEMBERS = {
+    "flashmla": (FLASH_MLA, "flash_mla/flash_mla_interface.py", "flash_mla_with_kvcache"),
+    "trtllm": (FLASHINFER, "flashinfer/mla/_core.py", "trtllm_batch_decode_with_kv_cache_mla"),
+}
+
+
+def real(name: str) -> inspect.Signature:
+    requirement, member, function = MEMBERS[name]
+    return signature_of(source(requirement, member), function)
+
+
+@pytest.mark.parametrize("cls", [FlashMLABackend, TRTLLMMLABackend])
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("given_out", [False, True])
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_every_call_binds(
+    fake: FakeLibraries, cls: type[AttentionBackend], step: str, given_out: bool, return_lse: bool
+) -> None:
+    config, batch = config_of(), batch_of(*STEPS[step])
+    backend, layer = cls(config, random_cache(config)), AttentionLayer.of_kind(config.layers[0], 0)
+    q = queries(batch)
+    out = torch.empty(q.shape[0], 4, 512, dtype=q.dtype) if given_out else None
+    backend.init_forward_metadata(batch)
+    backend.forward(q, None, None, layer, batch, return_lse=return_lse, out=out)
+    (call,) = fake.calls
+    name, arguments = call
+    given = signature_of_stand_in(fake, name)
+    passed = {k: v for k, v in arguments.items() if given.parameters[k].default is not v}
+    real(name).bind(**passed)
+
+
+def signature_of_stand_in(fake: FakeLibraries, name: str) -> inspect.Signature:
+    modules = fake.modules()
+    function = {
+        "flashmla": modules["flash_mla"].flash_mla_with_kvcache,
+        "trtllm": modules["flashinfer.mla"].trtllm_batch_decode_with_kv_cache_mla,
+    }[name]
+    return inspect.signature(function)
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_the_stand_in_takes_nothing_that_the_library_does_not(fake: FakeLibraries, name: str) -> None:
+    assert set(signature_of_stand_in(fake, name).parameters) <= set(real(name).parameters)
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_a_changed_signature_would_fail(fake: FakeLibraries, name: str) -> None:
+    """The check is a real one: a call with an argument that the library lacks does not bind."""
+    arguments = dict.fromkeys(signature_of_stand_in(fake, name).parameters)
+    real(name).bind(**arguments)
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        real(name).bind(**arguments, not_an_argument=None)
+
+
+def test_the_schedule_is_one_object_and_the_builds_halves_can_be_told_apart() -> None:
+    interface = source(FLASH_MLA, "flash_mla/flash_mla_interface.py")
+    assert "return FlashMLASchedMeta(), None" in interface
+    assert "def has_legacy" in source(FLASH_MLA, "flash_mla/_loader.py")
