@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 from attn_core.planning.claims import ArchSpec
 from attn_triton.chip import Chip
@@ -15,6 +15,10 @@ from attn_triton.geometry import Geometry, power_of_two_from
 
 Load = Literal["few", "many", "mixed"]
 LOADS: Final[tuple[Load, ...]] = ("few", "many", "mixed")
+
+
+#: What a tuning run tries in place of the table: "decode" and "extend" entries, and "cut" ("fixed" or "stream"). Empty in serving.
+FORCED: Final[dict[str, Any]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,8 @@ def _find(table: str, chip: Chip, geometry: Geometry, rows: int, load: Load | No
         "cache_bytes": geometry.kv_dtype.itemsize,
         "load": load,
     }
+    if table in FORCED:
+        return cast(Mapping[str, Any], FORCED[table])
     width = max(geometry.qk_dim, geometry.v_dim)
     for arch, entry in _tables()[table]:
         fits = all(entry[name] == value for name, value in facts.items() if name in entry)

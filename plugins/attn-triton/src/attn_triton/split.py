@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from attn_triton.chip import Chip
 from attn_triton.geometry import Geometry
-from attn_triton.parameters import DecodeTile, decode_tile
+from attn_triton.parameters import FORCED, DecodeTile, Load, decode_tile
 
 #: What a turn of programs costs beside its keys, as a share of one whole request's time: starting, and its part of the merge.
 TURN_COST = 0.01
@@ -50,7 +50,9 @@ def cut_keys(
     probe = decode_tile(chip, geometry, rows, "few")
     heads = geometry.num_kv_heads * -(-rows // probe.block_m)
     even = batch == 1 or (lengths is not None and max(lengths, default=0) * batch * 4 <= sum(lengths) * 5)
-    load = "few" if batch * heads <= chip.multiprocessors else "many" if even or lengths is None else "mixed"
+    if "cut" in FORCED:
+        even = FORCED["cut"] == "fixed"
+    load: Load = "few" if batch * heads <= chip.multiprocessors else "many" if even or lengths is None else "mixed"
     tile = decode_tile(chip, geometry, rows, load)
     slots = chip.multiprocessors * tile.per_sm
     splits = best_splits(batch * heads, slots, -(-most_keys // tile.block_n))
