@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -87,6 +88,7 @@ class Driver:
     model: Any
     config: AttentionConfig
     page_size: int = 4
+    device: str = "cpu"
     forget: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -94,11 +96,11 @@ class Driver:
         config = self.config.replace(
             layers=self.config.cached_kinds, dtype="float32", page_size=self.page_size, kv_layout=layout
         )
-        self.cache = KVCache.allocate(config, num_pages=1 + 512 // self.page_size)
+        self.cache = KVCache.allocate(config, num_pages=1 + 512 // self.page_size, device=self.device)
         self._free = list(range(1, self.cache.num_pages))
         random.Random(0).shuffle(self._free)
         backend = Forgetful(config, self.cache, **self.forget)
-        self.paged = PagedModel(self.model, config, backend)
+        self.paged = PagedModel(self.model.to(self.device), config, backend)
 
     def pages(self, num_tokens: int) -> list[int]:
         return [self._free.pop() for _ in range(-(-num_tokens // self.page_size))]
@@ -126,6 +128,7 @@ class Driver:
                 seq_lens=[done[b] + lens[b] for b in order],
                 pages=[pages[b] for b in order],
                 page_size=self.page_size,
+                device=self.device,
                 spans=None if spans is None or index else [spans[b] for b in order],
                 encoder_seq_lens=[encoder.seen(b, done[b]) for b in order] if encoder else None,
                 encoder_pages=[encoder_pages[b] for b in order] if encoder_pages else None,
@@ -135,19 +138,23 @@ class Driver:
                 if index == 0:
                     batch.encoder_slot_mapping = self._encoder_slots(encoder, encoder_pages)
                 at = [p >= encoder.first_seen[b] for b in order for p in range(done[b], done[b] + lens[b])]
-                sees = torch.tensor(at)
+                sees = torch.tensor(at, device=self.device)
             batch.check(self.page_size)
-            tokens = torch.tensor([t for b in order for t in sequences[b][done[b] : done[b] + lens[b]]])
-            step_inputs = (encoder.inputs if encoder else inputs) if index == 0 else None
-            out = self.paged.forward(tokens, batch, sees_encoder=sees, inputs=step_inputs)
+            tokens = [t for b in order for t in sequences[b][done[b] : done[b] + lens[b]]]
+            given = (encoder.inputs if encoder else inputs) if index == 0 else None
+            step_inputs = {name: value.to(self.device) for name, value in (given or {}).items()}
+            out = self.paged.forward(
+                torch.tensor(tokens, device=self.device), batch, sees_encoder=sees, inputs=step_inputs
+            )
             for b, part in zip(order, out.split(query), strict=True):
-                logits[b].append(part)
+                logits[b].append(part.cpu())
                 done[b] += lens[b]
         assert done == [len(s) for s in sequences], "the steps must run every sequence to its end"
         return [torch.cat(parts) for parts in logits]
 
     def _encoder_slots(self, encoder: Encoder, pages: list[list[int]]) -> Tensor:
-        return torch.tensor([slot for row in pages for slot in slots_of(row, range(encoder.rows), self.page_size)])
+        slots = [slot for row in pages for slot in slots_of(row, range(encoder.rows), self.page_size)]
+        return torch.tensor(slots, device=self.device)
 
 
 def _mode(query_lens: list[int]) -> ForwardMode:
@@ -161,9 +168,13 @@ LENGTHS = (25, 11, 17)
 STEPS = [[7, 5, 0], [12, 1, 11], [1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 0, 1]]
 
 
-@pytest.fixture
-def driver() -> type[Driver]:
-    return Driver
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+@pytest.fixture(params=DEVICES)
+def driver(request: pytest.FixtureRequest) -> Callable[..., Driver]:
+    """Makes a driver on the CPU, and on the GPU where there is one; what it is compared with ran on the CPU."""
+    return functools.partial(Driver, device=request.param)
 
 
 @pytest.fixture

@@ -91,7 +91,7 @@ def config_of(model: Any) -> AttentionConfig:
 
 @torch.inference_mode()
 def eager(model: Any, sequences: list[list[int]]) -> list[Tensor]:
-    model.eval().set_attn_implementation("eager")
+    model.eval().cpu().set_attn_implementation("eager")
     return [model(input_ids=torch.tensor([s])).logits[0] for s in sequences]
 
 

@@ -59,7 +59,7 @@ def silent(_what: str, _done: int, _total: int) -> None:
 
 def serve(folder: Path, sampling: dict[str, Any] | None = None, **options: Any) -> tuple[Session, list[list[int]]]:
     torch.set_num_threads(1)
-    queue = Queue(ServingOptions(model=str(folder), device="cpu", **options), silent)
+    queue = Queue(ServingOptions(model=str(folder), **{"device": "cpu", **options}), silent)
     requests = [queue.add(prompt, {"max_new_tokens": 30, **(sampling or {})}) for prompt in PROMPTS]
     session = Session(queue, silent)
     assert session.engine.run()
@@ -94,6 +94,15 @@ def test_graphs_change_no_token_and_replay_at_every_size(tiny_folder: Path, monk
     assert tokens == wanted
     assert sizes.count(3) == session.engine.figures.by_mode[ForwardMode.DECODE].steps == 29
     assert session.witness.by_phase()["decode"] == ("other",)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graphs"])
+def test_a_gpu_gives_the_tokens_of_the_cpu(graph: bool, tiny_folder: Path) -> None:
+    _, wanted = serve(tiny_folder, **NATIVE)
+    session, tokens = serve(tiny_folder, **NATIVE, device="cuda", dtype="float32", cuda_graph=graph)
+    assert tokens == wanted
+    assert session.cache.device.type == "cuda"
 
 
 def test_graphs_that_no_backend_has_are_refused(tiny_folder: Path) -> None:

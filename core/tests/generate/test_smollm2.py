@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -107,3 +112,18 @@ def test_a_cache_so_small_that_a_request_is_computed_again_changes_nothing(
 def test_one_slot_gives_the_same_tokens_one_after_the_other(serve: Any, eager_tokens: list[list[int]]) -> None:
     _, requests = serve(max_requests=1)
     assert tokens_of(requests) == eager_tokens
+
+
+def test_memory_and_start_of_the_whole_process(tmp_path: Path) -> None:
+    """fp32 weights and a 64 MiB cache: less than 1.7 GB at most, less than 15 seconds of CPU to the first token."""
+    command = [sys.executable, "-m", "attn_core", "generate", PROMPTS[0], "--max-new-tokens", "1", "--cache-mib", "64"]
+    output = tmp_path / "out.json"
+    env = {**os.environ, "ATTN_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    with output.open("w") as file:
+        process = subprocess.Popen([*command, "--device", "cpu", "--json"], stdout=file, env=env)
+        _, status, used = os.wait4(process.pid, 0)
+    process.returncode = status
+    document = json.loads(output.read_text())
+    assert (status, document["requests"][0]["text"]) == (0, "The")
+    assert used.ru_maxrss * 1024 < 1.7e9
+    assert used.ru_utime + used.ru_stime < 15
