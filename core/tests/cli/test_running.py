@@ -1,0 +1,152 @@
+"""The commands that run backends: verify, bench, tune, warmup. In this process, since each would import torch anew."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from attn_core import cli
+from attn_core.planning.system import FORCE_VARIABLE
+
+from .conftest import BACKEND, MANIFEST, Result, Site
+
+Attn = Callable[..., Result]
+
+WARM = (
+    BACKEND
+    + """
+    def warmup(self, config):
+        from attn_core.planning.system import detect
+        open("warm.txt", "w").write(f"{config.model} {config.page_size} {detect()}")
+"""
+)
+
+
+@pytest.fixture
+def attn(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Attn:
+    """`attn` in this process, beside the plugins of ``site``."""
+    monkeypatch.syspath_prepend(str(site.folder))
+    monkeypatch.chdir(site.folder)
+    monkeypatch.setenv("ATTN_NUM_THREADS", "1")
+    monkeypatch.setenv("ATTN_CACHE_DIR", str(site.folder / "cache"))
+    monkeypatch.setenv(FORCE_VARIABLE, "")  # so that what a command sets is taken back
+
+    def run(*args: str) -> Result:
+        code = cli.main(args)
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+def a_case(attn: Attn, text: str) -> str:
+    """The id of a case of torch_native with ``text`` in it."""
+    from attn_core.planning.discovery import discover
+    from attn_core.planning.system import detect
+    from attn_core.testing.generation import generate_cases
+
+    cases = generate_cases(discover().find("torch_native").manifest, "contract", detect("cpu"))
+    return next(case.id for case in cases if text in case.id)
+
+
+def test_verify_prints_the_table_and_reproduces_a_case(attn: Attn) -> None:
+    case = a_case(attn, "decode")
+    done = attn("verify", "torch_native", "--device", "cpu", "--case", case)
+    assert done.code == 0, done.err
+    assert "1 passed, 0 failed" in done.out
+
+
+def test_verify_of_a_false_claim_is_exit_code_1_and_names_it(attn: Attn, site: Site, tmp_path: Path) -> None:
+    site.plugin("wrong", package="attn_wrong_claim")
+    report = tmp_path / "report.xml"
+    done = attn("verify", "wrong", "--device", "cpu", "--select", "decode/", "--junit", str(report))
+    assert done.code == 1
+    assert "over-claimed" in done.out
+    assert "attn verify wrong --device cpu --case" in done.out
+    assert "FAILED decode/" in done.err
+    assert "<failure" in report.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "what"),
+    [
+        (["torch_nativ"], 2, "unknown_backend"),
+        (["torch_native", "--case", "no such case"], 2, "[usage]"),
+        (["torch_native", "--device", "gpu"], 2, "[usage]"),
+        (["torch_native", "--device", "emulated:none"], 2, "[usage]"),
+        (["torch_native", "--tier", "everything"], 2, "contract"),
+        (["torch_native", "--select", "decode/", "--evidence", "somewhere"], 2, "evidence of a part"),
+    ],
+)
+def test_verify_of_bad_input(attn: Attn, arguments: list[str], code: int, what: str) -> None:
+    done = attn("verify", *arguments)
+    assert done.code == code
+    assert done.out == ""
+    assert what in done.err
+
+
+def test_bench_times_and_checks_a_shape(attn: Attn, tmp_path: Path) -> None:
+    output = tmp_path / "bench.json"
+    shape = ("--shape", "decode bs1 kv1024")
+    done = attn("bench", "torch_native", *shape, "--dtype", "float32", "--seconds", "0.01", "--output", str(output))
+    assert done.code == 0
+    assert "attn:torch_native" in done.out
+    (row,) = json.loads(output.read_text())["rows"]
+    assert row["err"] < 1e-5
+    assert row["ms"] > 0
+
+
+def test_bench_of_an_unknown_shape_suggests_the_nearest(attn: Attn) -> None:
+    done = attn("bench", "torch_native", "--shape", "decode bs1 kv1023")
+    assert done.code == 2
+    assert "did you mean 'decode bs1 kv1024'" in done.err
+
+
+def test_what_tune_measured_is_what_auto_ranks_by(attn: Attn) -> None:
+    done = attn("tune", "smollm2-135m", "--dtype", "float32", "--seconds", "0.01", "--json")
+    assert done.code == 0
+    assert {each["backend"] for each in done.json["timings"]} >= {"torch_native"}
+    plan = attn("explain", "smollm2-135m", "--dtype", "float32", "--json").json
+    assert "measured" in plan["phases"]["decode"]["why"]
+
+
+def test_warmup_calls_the_backend_with_the_planned_config(attn: Attn, site: Site) -> None:
+    site.plugin("warm", code=WARM, package="attn_warm_here")
+    done = attn("warmup", "warm", "--model", "llama-3.1-8b", "--page-size", "16")
+    assert done.code == 0, done.err
+    assert (site.folder / "warm.txt").read_text().startswith("llama-3.1-8b 16 ")
+    assert "warm is warm for llama-3.1-8b" in done.err
+
+
+def test_warmup_for_a_chip_that_is_not_here(attn: Attn, site: Site) -> None:
+    site.plugin("warm", code=WARM, package="attn_warm_there")
+    assert attn("warmup", "warm", "--model", "llama-3.1-8b", "--arch", "gfx942").code == 0
+    assert (site.folder / "warm.txt").read_text().endswith(" rocm:gfx942")
+
+
+def test_warmup_of_a_phase_that_a_backend_lacks_asks_it_for_the_others(attn: Attn, site: Site) -> None:
+    site.plugin(
+        "half", code=WARM, package="attn_half", manifest=MANIFEST.replace('["prefill", "decode"]', '["decode"]')
+    )
+    assert attn("warmup", "half", "--model", "llama-3.1-8b").code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "what"),
+    [
+        (["torch_native", "--model", "lama"], 2, "unknown_model"),
+        (["torch_nativ", "--model", "llama-3.1-8b"], 2, "unknown_backend"),
+        (["torch_native"], 2, "--model"),
+    ],
+)
+def test_warmup_of_bad_input(attn: Attn, arguments: list[str], code: int, what: str) -> None:
+    done = attn("warmup", *arguments)
+    assert done.code == code
+    assert what in done.err
+
+
+def test_threads_are_those_of_the_environment(attn: Attn) -> None:
+    attn("bench", "torch_native", "--shape", "decode bs1 kv1024", "--dtype", "float32", "--seconds", "0.01")
+    assert torch.get_num_threads() == 1
