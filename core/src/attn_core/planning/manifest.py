@@ -25,7 +25,7 @@ _TOP_KEYS: Final = ("schema", "name", "protocol", "summary", "requires", "fallba
 _REQUIRES_KEYS: Final = ("dists", "host_lengths")
 _CLAUSE_KEYS: Final = (
     "phases", "device", "arch", "kind", "dtypes", "kv_dtypes", "head_dims", "page_sizes", "kv_layouts", "features",
-    "max_group_size", "max_draft_tokens",
+    "max_group_size", "max_draft_tokens", "quantizes_query",
 )  # fmt: skip
 
 
@@ -36,6 +36,8 @@ class Clause:
     ``pages`` is the set of native page sizes in tokens. A clause without ``page_sizes`` has no cache: it takes
     `ragged` layers only (``pages`` and ``kv_layouts`` are then empty).
     ``max_group_size`` bounds the query heads for each KV head, ``max_draft_tokens`` the draft tokens of a verify step.
+    ``quantizes_query`` says that with an fp8 cache the kernel rounds queries and probabilities to fp8 as well: it is held
+    to the tolerance of that arithmetic, and a user can read it.
     """
 
     phases: tuple[Phase, ...]
@@ -50,6 +52,7 @@ class Clause:
     features: frozenset[str] = frozenset()
     max_group_size: int | None = None
     max_draft_tokens: int | None = None
+    quantizes_query: bool = False
 
     @property
     def cached(self) -> bool:
@@ -233,6 +236,7 @@ def _clause(table: Table) -> Clause:
         features=features,
         max_group_size=table.positive("max_group_size"),
         max_draft_tokens=table.positive("max_draft_tokens"),
+        quantizes_query=table.get("quantizes_query", bool, "true or false", False),
     )
 
 
