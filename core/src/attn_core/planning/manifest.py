@@ -36,8 +36,8 @@ class Clause:
     ``pages`` is the set of native page sizes in tokens. A clause without ``page_sizes`` has no cache: it takes
     `ragged` layers only (``pages`` and ``kv_layouts`` are then empty).
     ``max_group_size`` bounds the query heads for each KV head, ``max_draft_tokens`` the draft tokens of a verify step.
-    ``quantizes_query`` says that with an fp8 cache the kernel rounds queries and probabilities to fp8 as well: it is held
-    to the tolerance of that arithmetic, and a user can read it.
+    ``quantizes_query`` says that with an fp8 cache the kernel rounds queries and probabilities to fp8 as well: it is
+    held to the tolerance of that arithmetic, and a user can read it.
     """
 
     phases: tuple[Phase, ...]
