@@ -1,8 +1,11 @@
-"""Our Triton kernels beside their peers on a GPU, in one run: the named shapes, variants of launch parameters, host time, memory.
+"""Our Triton kernels beside their peers on a GPU, in one run: the named shapes, variants of launch parameters, host
+time, memory.
 
-    python benchmarks/triton_attention.py speed host --out FOLDER [--bench decode,mla] [--variants table,device] [--peers fa3,flashmla]
+    python benchmarks/triton_attention.py speed host --out FOLDER [--bench decode,mla] [--variants table,device]
+    [--peers fa3,flashmla]
 
-Times are medians of CUDA-graph replays on random data in shuffled pages; every output is compared with the fp64 oracle first.
+Times are medians of CUDA-graph replays on random data in shuffled pages; every output is compared with the fp64 oracle
+first.
 """
 
 from __future__ import annotations
@@ -122,7 +125,10 @@ def speed(given: argparse.Namespace, deadline: float) -> None:
         ours = [name for name in chosen(given.variants, shape, kv) if (shape.name, kv, name) in good]
         for timed in timed_rows(shape, kv, ours, given.peers.split(","), given.seconds, good):
             rows.append(timed)
-            print(f"{timed.shape:34s} {timed.impl:24s} {timed.ms:.4f} ms {timed.gbs:6.0f} GB/s {timed.tflops:6.1f} TF/s err {timed.err}", flush=True)
+            print(
+                f"{timed.shape:34s} {timed.impl:24s} {timed.ms:.4f} ms {timed.gbs:6.0f} GB/s {timed.tflops:6.1f} TF/s err {timed.err}",
+                flush=True,
+            )
         found = results(rows, detect())
         found.write(given.out / "triton_attention.json")
         if time.monotonic() > deadline:
@@ -144,7 +150,9 @@ def chosen(variants: str, shape: Shape, kv: str) -> list[str]:
     return [name for name in fitting if variants == "all" or name in variants.split(",")]
 
 
-def compiled_and_right(jobs: list[tuple[Shape, str, str]], workers: int, deadline: float) -> dict[tuple[str, str, str], float]:
+def compiled_and_right(
+    jobs: list[tuple[Shape, str, str]], workers: int, deadline: float
+) -> dict[tuple[str, str, str], float]:
     """The error of every job that ran and was right, tried side by side: this is also what fills the compile cache."""
     good: dict[tuple[str, str, str], float] = {}
     begun = time.monotonic()
@@ -186,7 +194,12 @@ def workload(shape: Shape, kv: str, variant: str = "table") -> tuple[Workload, T
 def forward_of(work: Workload, backend: TritonBackend) -> Callable[[], torch.Tensor]:
     """One layer's attention, into an output that is there: what an engine with its own buffers calls."""
     backend.init_forward_metadata(work.batch)
-    out = torch.full((work.q.shape[0], work.layer.num_q_heads, work.layer.v_head_dim), float("nan"), dtype=work.q.dtype, device=DEVICE)
+    out = torch.full(
+        (work.q.shape[0], work.layer.num_q_heads, work.layer.v_head_dim),
+        float("nan"),
+        dtype=work.q.dtype,
+        device=DEVICE,
+    )
 
     def forward() -> torch.Tensor:
         backend.forward(work.q, None, None, work.layer, work.batch, save_kv_cache=False, out=out)
@@ -196,7 +209,12 @@ def forward_of(work: Workload, backend: TritonBackend) -> Callable[[], torch.Ten
 
 
 def timed_rows(
-    shape: Shape, kv: str, variants: list[str], peers: list[str], seconds: float, errors: Mapping[tuple[str, str, str], float]
+    shape: Shape,
+    kv: str,
+    variants: list[str],
+    peers: list[str],
+    seconds: float,
+    errors: Mapping[tuple[str, str, str], float],
 ) -> Iterator[Row]:
     """Ours and the peers on the same data; the variants first, then each peer that has this shape."""
     torch.cuda.empty_cache()
@@ -232,7 +250,11 @@ def ceiling() -> dict[str, float]:
     a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     copy, read = time_graph(lambda: target.copy_(source), seconds=0.3), time_graph(lambda: source.sum(), seconds=0.3)
     product = time_graph(lambda: a @ b, seconds=0.3)
-    return {"copy_gbs": 2 * source.nbytes / copy / 1e6, "read_gbs": source.nbytes / read / 1e6, "bf16_tflops": 2 * 8192**3 / product / 1e9}
+    return {
+        "copy_gbs": 2 * source.nbytes / copy / 1e6,
+        "read_gbs": source.nbytes / read / 1e6,
+        "bf16_tflops": 2 * 8192**3 / product / 1e9,
+    }
 
 
 def host() -> list[dict[str, Any]]:
@@ -245,12 +267,22 @@ def host() -> list[dict[str, Any]]:
             work, backend = workload(shape, "auto", "table" if lengths == "host" else "device")
             backend.init_forward_metadata(work.batch)
             call = {
-                "attention": lambda w=work, b=backend: b.forward(w.q, None, None, w.layer, w.batch, save_kv_cache=False),
+                "attention": lambda w=work, b=backend: b.forward(
+                    w.q, None, None, w.layer, w.batch, save_kv_cache=False
+                ),
                 "attention and write": lambda w=work, b=backend: b.forward(w.q, w.k, w.v, w.layer, w.batch),
                 "metadata": lambda w=work, b=backend: b.init_forward_metadata(w.batch),
             }
             for what, function in call.items():
-                found.append({"what": what, "lengths": lengths, "batch": 64, "keys": keys, "host_us": time_host(function, DEVICE)})
+                found.append(
+                    {
+                        "what": what,
+                        "lengths": lengths,
+                        "batch": 64,
+                        "keys": keys,
+                        "host_us": time_host(function, DEVICE),
+                    }
+                )
         del work, backend
         torch.cuda.empty_cache()
     for mla in (False, True):
@@ -263,7 +295,9 @@ def graph_state(mla: bool) -> list[dict[str, Any]]:
     like = SHAPES["mla H128 bs128 kv4096" if mla else "decode bs64 kv4096"]
     found: list[dict[str, Any]] = []
     for keys in (1024, 16384):
-        work, backend = workload(replace(like, name=f"{like.bench} bs64 kv{keys}", query_lens=(1,) * 64, seq_lens=(keys,) * 64), "auto")
+        work, backend = workload(
+            replace(like, name=f"{like.bench} bs64 kv{keys}", query_lens=(1,) * 64, seq_lens=(keys,) * 64), "auto"
+        )
         backend.config = backend.config.replace(max_context_len=131072)
         backend.init_cuda_graph_state(64, 64)
         backend.init_forward_metadata_capture_cuda_graph(work.batch)

@@ -1,8 +1,9 @@
-"""attn-triton on a GPU, checked: the conformance kit with its evidence, and random steps of every kind against the oracle.
+"""attn-triton on a GPU, checked: the conformance kit with its evidence, and random steps of every kind against the
+oracle.
 
-    python benchmarks/triton_check.py verify --tier contract --out FOLDER --workers 14 --budget 150
-    python benchmarks/triton_check.py random --seeds 0:400 --workers 14 --budget 60
-    compute-sanitizer --tool racecheck python benchmarks/triton_check.py random --seeds 0:6 --workers 0
+python benchmarks/triton_check.py verify --tier contract --out FOLDER --workers 14 --budget 150
+python benchmarks/triton_check.py random --seeds 0:400 --workers 14 --budget 60
+compute-sanitizer --tool racecheck python benchmarks/triton_check.py random --seeds 0:6 --workers 0
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def main() -> None:
     parser.add_argument("--tier", default="contract")
     parser.add_argument("--seeds", default="0:100")
     parser.add_argument("--workers", type=int, default=14)
-    parser.add_argument("--budget", type=float, default=100.0, help="Seconds; what is not done by then is said to be not done.")
+    parser.add_argument(
+        "--budget", type=float, default=100.0, help="Seconds; what is not done by then is said to be not done."
+    )
     parser.add_argument("--max-cases", type=int)
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,12 @@ Call = Callable[[], torch.Tensor]
 
 def peers_of(shape: Shape, kv: str, work: Workload, names: list[str]) -> Iterator[tuple[str, Call]]:
     """(name, call) of every named library that is here and has this shape."""
-    fitting = {"fa3": shape.kind == "mha", "flashinfer": shape.kind == "mha", "flashmla": shape.kind == "mla", "flashinfer_mla": shape.kind == "mla"}
+    fitting = {
+        "fa3": shape.kind == "mha",
+        "flashinfer": shape.kind == "mha",
+        "flashmla": shape.kind == "mla",
+        "flashinfer_mla": shape.kind == "mla",
+    }
     if kv != "auto":
         return
     makers = {"fa3": _fa3, "flashmla": _flashmla, "flashinfer": _flashinfer, "flashinfer_mla": _flashinfer_mla}
@@ -43,7 +48,14 @@ def _fa3(shape: Shape, work: Workload) -> Call:
         options |= {"cu_seqlens_q": batch.query_start_loc, "max_seqlen_q": longest}
     del most
     return lambda: fa.flash_attn_with_kvcache(
-        q, k, v, cache_seqlens=batch.seq_lens, page_table=batch.page_table, softmax_scale=work.layer.scale, causal=True, **options
+        q,
+        k,
+        v,
+        cache_seqlens=batch.seq_lens,
+        page_table=batch.page_table,
+        softmax_scale=work.layer.scale,
+        causal=True,
+        **options,
     )
 
 
@@ -99,7 +111,18 @@ def _flashinfer_mla(shape: Shape, work: Workload) -> Call:
     wrapper = flashinfer.mla.BatchMLAPagedAttentionWrapper(space, backend="fa3")
     starts = torch.arange(len(shape.seq_lens) + 1, dtype=torch.int32)
     wrapper.plan(
-        starts, indptr, ids, lengths, shape.num_q_heads, 512, 64, 64, False, work.layer.scale, torch.bfloat16, torch.bfloat16
+        starts,
+        indptr,
+        ids,
+        lengths,
+        shape.num_q_heads,
+        512,
+        64,
+        64,
+        False,
+        work.layer.scale,
+        torch.bfloat16,
+        torch.bfloat16,
     )
     latent, q = work.cache.k(0), work.q
     parts = (q[..., :512], q[..., 512:], latent[..., :512], latent[..., 512:])

@@ -1,4 +1,6 @@
-"""Random steps of every kind against the oracle, with NaN wherever no token lies: the same on the interpreter and on a GPU."""
+"""Random steps of every kind against the oracle, with NaN wherever no token lies: the same on the interpreter and on a
+GPU.
+"""
 
 from __future__ import annotations
 
@@ -122,7 +124,12 @@ def _kind(draw: random.Random, scale: Scale) -> LayerKind:
 
 
 def _batch(
-    draw: random.Random, generator: torch.Generator, mode: ForwardMode, config: AttentionConfig, device: str, scale: Scale
+    draw: random.Random,
+    generator: torch.Generator,
+    mode: ForwardMode,
+    config: AttentionConfig,
+    device: str,
+    scale: Scale,
 ) -> tuple[ForwardBatch, KVCache]:
     size, page = draw.randint(1, scale.most_requests), config.page_size
     cross = config.layers[0].cross

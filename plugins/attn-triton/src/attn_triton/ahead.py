@@ -10,13 +10,13 @@ from typing import Any, Final
 
 import torch
 import triton
+from attn_core.errors import CheckFailedError
+from attn_core.planning.config import AttentionConfig
+from attn_core.runtime.kv_cache import KVCache
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from attn_core.errors import CheckFailedError
-from attn_core.planning.config import AttentionConfig
-from attn_core.runtime.kv_cache import KVCache
 from attn_triton.chip import Chip
 from attn_triton.launch import Launcher, Launchers
 
@@ -83,15 +83,17 @@ AheadLaunchers.launcher = _AheadLauncher
 
 
 def compile_for(chip: Chip, launcher: Launcher, args: Sequence[Any], odd: frozenset[int]) -> Compiled:
-    """``launcher``'s kernel for ``chip``. Raises what Triton raises, CheckFailedError if it needs more shared memory than there is."""
+    """``launcher``'s kernel for ``chip``. Raises what Triton raises, CheckFailedError if it needs more shared memory
+    than there is.
+    """
     names = launcher.kernel.arg_names
-    signature = {name: "constexpr" for name in names} | {
-        name: _type(arg) for name, arg in zip(names, args, strict=False)
-    }
+    signature = dict.fromkeys(names, "constexpr") | {name: _type(arg) for name, arg in zip(names, args, strict=False)}
     attrs = {(i,): [["tt.divisibility", 16]] for i in sorted(launcher.specialised - odd)}
     source = ASTSource(launcher.kernel, signature, launcher.constants, attrs)
     found = triton.compile(source, target=target(chip.arch), options=dict(launcher.options))
-    result = Compiled(launcher.name, found.metadata.num_warps, found.metadata.shared, len(found.kernel), launcher.constants)
+    result = Compiled(
+        launcher.name, found.metadata.num_warps, found.metadata.shared, len(found.kernel), launcher.constants
+    )
     if result.shared > chip.shared_memory:
         raise CheckFailedError(f"{result} for {chip}", accepted=f"at most {chip.shared_memory} bytes of shared memory")
     return result
@@ -125,7 +127,9 @@ def main(arch: str, *presets: str) -> None:
     """Compile presets for ``arch``; one JSON line a kernel."""
     for preset in presets:
         config = AttentionConfig.preset(preset, page_size=16)
-        for compiled in compile_config(config.replace(kv_layout="MLA" if config.layers[0].kind == "mla" else "NHD"), arch):
+        for compiled in compile_config(
+            config.replace(kv_layout="MLA" if config.layers[0].kind == "mla" else "NHD"), arch
+        ):
             print(json.dumps(asdict(compiled), default=str))
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch import Tensor
-
 from attn_core.errors import BatchError, ConfigError
 from attn_core.planning.config import AttentionConfig
 from attn_core.runtime.backend import AttentionBackend
+from attn_core.runtime.batch import ForwardBatch
 from attn_core.runtime.kv_cache import TORCH_DTYPES, KVCache
 from attn_core.runtime.layer import AttentionLayer
+from torch import Tensor
+
 from attn_triton.chip import Chip
 from attn_triton.decode import BoundDecode, DecodeKernels
 from attn_triton.extend import BoundExtend, ExtendKernels
@@ -40,13 +41,16 @@ class TritonBackend(AttentionBackend):
     cuda_graph_seq_len_fill_value: ClassVar[int] = 0
 
     def __init__(
-        self, config: AttentionConfig, kv_cache: KVCache, *, chip: Chip | None = None, launchers: Launchers | None = None
+        self,
+        config: AttentionConfig,
+        kv_cache: KVCache,
+        *,
+        chip: Chip | None = None,
+        launchers: Launchers | None = None,
     ) -> None:
         """``chip`` and ``launchers`` stand in for the cache's device where kernels are compiled for another one."""
         super().__init__(config, kv_cache)
         device = kv_cache.device
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
         self.chip = chip or Chip.of(device)
         self.launchers = launchers or Launchers(device, dependent=self.chip.dependent_launch)
@@ -149,7 +153,9 @@ class TritonBackend(AttentionBackend):
 
     def _shared(self) -> GraphBuffers:
         if self._graphs is None:
-            raise ConfigError("no buffers for CUDA graphs", hint="call init_cuda_graph_state(max_batch_size, max_num_tokens) once")
+            raise ConfigError(
+                "no buffers for CUDA graphs", hint="call init_cuda_graph_state(max_batch_size, max_num_tokens) once"
+            )
         return self._graphs
 
     def _forward(
@@ -182,7 +188,9 @@ class TritonBackend(AttentionBackend):
         ready.run(q, out, lse, bound, scale)
         return out if lse is None else (out, lse)
 
-    def _ready(self, step: Step, bound: BoundLayer, q: Tensor, out: Tensor, lse: Tensor | None) -> BoundDecode | BoundExtend:
+    def _ready(
+        self, step: Step, bound: BoundLayer, q: Tensor, out: Tensor, lse: Tensor | None
+    ) -> BoundDecode | BoundExtend:
         if by_split(step, bound.kind, invariant=self.config.batch_invariant):
             return self.decode.bind(step, bound, self._workspace(step), q, out, lse)
         return self.extend.bind(step, bound, q, out, lse)
@@ -206,7 +214,9 @@ class TritonBackend(AttentionBackend):
             ready = step.bound[key] = bind_write(self.launchers, bound, k, v, slots)
         ready.run(k, v, bound)
 
-    def _outputs(self, q: Tensor, layer: AttentionLayer, return_lse: bool, out: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _outputs(
+        self, q: Tensor, layer: AttentionLayer, return_lse: bool, out: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """q with a contiguous last dimension, out [T, Hq, Dv] made if not given, and lse [T, Hq] if it is asked for."""
         if q.stride(-1) != 1:
             q = q.contiguous()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from triton.runtime import driver
 
 #: What the interpreter on a CPU pretends to be: few multiprocessors, so that short sequences are split too.
 INTERPRETER = "interpreter"
@@ -24,11 +25,10 @@ class Chip:
         if device.type == "cpu":
             return cls(INTERPRETER, 4, 1 << 20)
         properties = torch.cuda.get_device_properties(device)
-        if torch.version.hip is not None:
-            arch = properties.gcnArchName.partition(":")[0]
-            return cls(arch, properties.multi_processor_count, 160 << 10 if arch == "gfx950" else 64 << 10)
-        arch = f"sm_{properties.major}{properties.minor}"
-        return cls(arch, properties.multi_processor_count, properties.shared_memory_per_block_optin)
+        shared = driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
+        if torch.version.hip is None:
+            return cls(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count, shared)
+        return cls(properties.gcnArchName.partition(":")[0], properties.multi_processor_count, shared)
 
     @property
     def sm(self) -> int:

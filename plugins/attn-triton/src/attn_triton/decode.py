@@ -113,7 +113,7 @@ class DecodeKernels:
                     "HAS_CAP": kind.has_cap, "HAS_SINKS": kind.sinks is not None,
                 },
                 {"num_warps": cut.tile.warps, "num_stages": cut.tile.stages, **options},
-                dtypes + (geometry.dtype, geometry.kv_dtype),
+                (*dtypes, geometry.dtype, geometry.kv_dtype),
             ),
             [
                 q, layer.k_pool, layer.v_pool, keys.pages, keys.lengths, step.starts,
@@ -171,8 +171,9 @@ class DecodeKernels:
         found = step.schedules.get(key)
         if found is None:
             sizes = [step.batch_size + 1, cut.groups + 1, cut.groups, 2 * step.batch_size]
-            parts = torch.empty(sum(sizes), dtype=torch.int32, device=keys.lengths.device).split(sizes)
-            found = step.schedules[key] = Schedule(*parts)
+            room = torch.empty(sum(sizes), dtype=torch.int32, device=keys.lengths.device)
+            line, bounds, first, owners = torch.split_with_sizes(room, sizes)
+            found = step.schedules[key] = Schedule(line, bounds, first, owners)
             launcher = self._launchers.get(
                 schedule_kernel,
                 {
@@ -191,7 +192,9 @@ class DecodeKernels:
         return found
 
     def most_part_elements(self, kind: Kind, query_len: int) -> int:
-        """Elements of partial results that steps of ``query_len`` queries a request can need, whatever their batch and lengths."""
+        """Elements of partial results that steps of ``query_len`` queries a request can need, whatever their batch and
+        lengths.
+        """
         geometry, rows = kind.geometry, query_len * kind.geometry.group
         tiles = [decode_tile(self.chip, geometry, rows, load) for load in LOADS]
         heads = [geometry.num_kv_heads * -(-rows // tile.block_m) for tile in tiles]

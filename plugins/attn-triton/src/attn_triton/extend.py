@@ -54,7 +54,9 @@ class BoundExtend:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """Which query rows there are, and over what: starts [B + 1], and the keys' lengths [B] and pages, or key_starts [B + 1]."""
+    """Which query rows there are, and over what: starts [B + 1], and the keys' lengths [B] and pages, or key_starts [B
+    + 1].
+    """
 
     batch: int
     num_tokens: int
@@ -99,7 +101,9 @@ class ExtendKernels:
     def bind_rows(
         self, rows: Rows, layer: BoundLayer, q: Tensor, out: Tensor, lse: Tensor | None, *, captured: bool = False
     ) -> BoundExtend:
-        """The same over any rows. ``captured``: what the lengths are may not be asked, nor anything be allocated for them."""
+        """The same over any rows. ``captured``: what the lengths are may not be asked, nor anything be allocated for
+        them.
+        """
         kind, geometry = layer.kind, layer.kind.geometry
         tile = extend_tile(self.chip, geometry, 1 if self._invariant else rows.max_query_len * geometry.group)
         blocks, tile_map = self._blocks(rows, tile, geometry.group, captured=captured)
@@ -152,5 +156,3 @@ class ExtendKernels:
 
 def _or(tensor: Tensor | None, none: Tensor) -> Tensor:
     return none if tensor is None else tensor
-
-

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
 from attn_core.errors import ConfigError
 from attn_core.runtime.kv_cache import FP8_DTYPES, KVCache
 from attn_core.runtime.layer import AttentionLayer
@@ -18,7 +17,8 @@ def power_of_two_from(n: int) -> int:
 
 
 def split_width(width: int) -> tuple[int, int]:
-    """A head width as one or two powers of two, from 16, that hold it: 128 is (128, 0), 96 (64, 32), 576 (512, 64), 80 (64, 16).
+    """A head width as one or two powers of two, from 16, that hold it: 128 is (128, 0), 96 (64, 32), 576 (512, 64), 80
+    (64, 16).
 
     Tensor cores want powers of two; padding 576 to 1024 would read almost twice the bytes.
     """
@@ -40,7 +40,9 @@ class Strides:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """A layer as the kernels see it. Widths in elements; ``page_size`` 0: keys are given, not paged (strides.page unused)."""
+    """A layer as the kernels see it. Widths in elements; ``page_size`` 0: keys are given, not paged (strides.page
+    unused).
+    """
 
     num_kv_heads: int
     group: int
@@ -55,11 +57,18 @@ class Geometry:
 
     @classmethod
     def of_cache(cls, layer: AttentionLayer, cache: KVCache, dtype: torch.dtype) -> Geometry:
-        """Of a layer in the paged cache, queries of ``dtype``. Raises ConfigError for a cache that the layer does not fit."""
+        """Of a layer in the paged cache, queries of ``dtype``. Raises ConfigError for a cache that the layer does not
+        fit.
+        """
         k = cache.k_nhd(layer.layer_id)
         mla = layer.kind == "mla"
         v = k if mla else cache.v_nhd(layer.layer_id)
-        wanted = (layer.num_kv_heads, layer.qk_head_dim, layer.num_kv_heads, layer.qk_head_dim if mla else layer.v_head_dim)
+        wanted = (
+            layer.num_kv_heads,
+            layer.qk_head_dim,
+            layer.num_kv_heads,
+            layer.qk_head_dim if mla else layer.v_head_dim,
+        )
         given = (k.shape[2], k.shape[3], v.shape[2], v.shape[3])
         if given != wanted:
             raise ConfigError(

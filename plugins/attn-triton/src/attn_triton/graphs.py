@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from attn_core.errors import BatchError, CapacityError, ConfigError
 from attn_core.planning.config import AttentionConfig
 from attn_core.runtime.batch import ForwardBatch
 from attn_core.runtime.kv_cache import KVCache
+from torch import Tensor
+
 from attn_triton.geometry import power_of_two_from
 from attn_triton.kernels.write import refresh_kernel
 from attn_triton.launch import Bound, Launchers
@@ -46,15 +46,25 @@ class Captured:
         refresh.put(SLOTS, batch.slot_mapping)
         refresh.set(PAGES_STRIDE, batch.page_table.stride(0))
         if step.tree is not None:
-            if batch.tree is None or not batch.tree.visible.is_contiguous() or batch.tree.visible.shape != step.tree.shape:
-                raise BatchError("a replay without the tree that was captured", accepted=f"a contiguous tree {tuple(step.tree.shape)}")
+            if (
+                batch.tree is None
+                or not batch.tree.visible.is_contiguous()
+                or batch.tree.visible.shape != step.tree.shape
+            ):
+                raise BatchError(
+                    "a replay without the tree that was captured",
+                    accepted=f"a contiguous tree {tuple(step.tree.shape)}",
+                )
             refresh.put(TREE, batch.tree.visible.view(torch.uint8))
         if step.encoder is not None:
             if batch.encoder_seq_lens is None or batch.encoder_page_table is None:
-                raise BatchError("a replay without the encoder that was captured", accepted="encoder_seq_lens and encoder_page_table")
+                raise BatchError(
+                    "a replay without the encoder that was captured", accepted="encoder_seq_lens and encoder_page_table"
+                )
             if batch.max_encoder_seq_len > step.encoder.most:
                 raise CapacityError(
-                    f"a replay with encoders of {batch.max_encoder_seq_len} tokens", accepted=f"at most {step.encoder.most}, as captured"
+                    f"a replay with encoders of {batch.max_encoder_seq_len} tokens",
+                    accepted=f"at most {step.encoder.most}, as captured",
                 )
             refresh.put(ENCODER_LENGTHS, batch.encoder_seq_lens)
             refresh.put(ENCODER_PAGES, batch.encoder_page_table)
@@ -65,15 +75,19 @@ class Captured:
 
 
 class GraphBuffers:
-    """What every captured graph of a backend reads: lengths, starts, pages and slots of the step, and the partial results.
+    """What every captured graph of a backend reads: lengths, starts, pages and slots of the step, and the partial
+    results.
 
     Trees and encoders have buffers of their own for each captured size. One graph runs at a time.
     """
 
-    def __init__(self, config: AttentionConfig, cache: KVCache, max_batch_size: int, max_num_tokens: int, part_elements: int) -> None:
+    def __init__(
+        self, config: AttentionConfig, cache: KVCache, max_batch_size: int, max_num_tokens: int, part_elements: int
+    ) -> None:
         if max_batch_size < 1 or max_num_tokens < max_batch_size:
             raise ConfigError(
-                f"graphs of {max_batch_size} requests and {max_num_tokens} tokens", accepted="at least one of each, a token for each request"
+                f"graphs of {max_batch_size} requests and {max_num_tokens} tokens",
+                accepted="at least one of each, a token for each request",
             )
         device = cache.device
         context = config.max_context_len
@@ -93,7 +107,9 @@ class GraphBuffers:
         return self.lengths.nbytes + self.starts.nbytes + self.slots.nbytes + self.workspace.nbytes
 
     def capture(self, batch: ForwardBatch, launchers: Launchers) -> Step:
-        """A step of the form of ``batch`` over the buffers, filled from it. Raises CapacityError for one that is too large."""
+        """A step of the form of ``batch`` over the buffers, filled from it. Raises CapacityError for one that is too
+        large.
+        """
         if batch.batch_size > self.max_batch_size or batch.num_tokens > self.max_num_tokens:
             raise CapacityError(
                 f"{batch.batch_size} requests and {batch.num_tokens} tokens to capture",
@@ -101,7 +117,9 @@ class GraphBuffers:
             )
         like = step_of(batch)
         if like.spans is not None or like.encoder_slots is not None:
-            raise BatchError("spans, or encoder tokens to write, in a graph", accepted="decode, verify and draft steps without them")
+            raise BatchError(
+                "spans, or encoder tokens to write, in a graph", accepted="decode, verify and draft steps without them"
+            )
         size = batch.batch_size
         step = Step(
             batch_size=size,
@@ -114,7 +132,9 @@ class GraphBuffers:
             own=Keys(self.lengths[:size], self.pages[:size], self.pages.shape[1] * self.page_size, None),
             encoder=None if like.encoder is None else self._encoder(like.encoder),
             tree=None if like.tree is None else torch.empty_like(like.tree),
-            depths=None if like.tree is None else torch.empty(like.tree.shape[:2], dtype=torch.int32, device=like.tree.device),
+            depths=None
+            if like.tree is None
+            else torch.empty(like.tree.shape[:2], dtype=torch.int32, device=like.tree.device),
             captured=True,
         )
         captured = Captured(step, self._refresh(step, like, launchers))
@@ -134,7 +154,9 @@ class GraphBuffers:
         return captured.step
 
     def _encoder(self, like: Keys) -> Keys:
-        return Keys(torch.zeros_like(like.lengths), torch.zeros_like(like.pages), like.pages.shape[1] * self.page_size, None)
+        return Keys(
+            torch.zeros_like(like.lengths), torch.zeros_like(like.pages), like.pages.shape[1] * self.page_size, None
+        )
 
     def _refresh(self, step: Step, like: Step, launchers: Launchers) -> Bound:
         tree, encoder, none = step.tree, step.encoder, step.own.lengths
@@ -147,8 +169,7 @@ class GraphBuffers:
         args = [
             like.own.lengths, step.own.lengths, like.starts, step.starts, like.own.pages, step.own.pages, like.slots,
             step.slots, *_pair(like.tree, tree, none), none if step.depths is None else step.depths,
-            *_pair(like.encoder and like.encoder.lengths, encoder and encoder.lengths, none),
-            *_pair(like.encoder and like.encoder.pages, encoder and encoder.pages, none),
+            *_pair(_lengths(like.encoder), _lengths(encoder), none), *_pair(_pages(like.encoder), _pages(encoder), none),
             step.batch_size, step.num_tokens, 0, step.own.pages.stride(0), 0, 0 if encoder is None else encoder.pages.stride(0),
         ]  # fmt: skip
         return Bound(launcher, args, moving=(LENGTHS, STARTS, PAGES, SLOTS, TREE, ENCODER_LENGTHS, ENCODER_PAGES))
@@ -161,3 +182,11 @@ def form(batch: ForwardBatch) -> tuple[Any, int, int, int]:
 
 def _pair(source: Tensor | None, buffer: Tensor | None, none: Tensor) -> tuple[Tensor, Tensor]:
     return (none, none) if source is None or buffer is None else (source, buffer)
+
+
+def _lengths(keys: Keys | None) -> Tensor | None:
+    return None if keys is None else keys.lengths
+
+
+def _pages(keys: Keys | None) -> Tensor | None:
+    return None if keys is None else keys.pages

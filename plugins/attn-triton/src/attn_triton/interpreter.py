@@ -1,8 +1,9 @@
-"""Triton's interpreter on a CPU as a device of the conformance kit: ``attn verify triton --device emulated:triton-interpreter``.
+"""Triton's interpreter on a CPU as a device of the conformance kit: ``attn verify triton --device
+emulated:triton-interpreter``.
 
-What it proves is the logic of the kernels as Triton code, not what the compiler makes of it: no warps, no shared memory,
-no tensor cores. Its arithmetic in bfloat16 and fp8 is not usable as shipped (truncating conversions, products of the raw
-bits), so that conversions and dots are computed by torch here, with the rounding that the hardware has.
+What it proves is the logic of the kernels as Triton code, not what the compiler makes of it: no warps, no shared
+memory, no tensor cores. Its arithmetic in bfloat16 and fp8 is not usable as shipped (truncating conversions, products
+of the raw bits), so that conversions and dots are computed by torch here, with the rounding that the hardware has.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-
 from attn_core.errors import ConfigError
 from attn_core.planning.system import System
 
@@ -55,7 +55,9 @@ class TritonInterpreter:
             self._stack.enter_context(patch)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stack.close()
 
 

@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from attn_core.errors import ConfigError
 from attn_core.runtime.kv_cache import KVCache
 from attn_core.runtime.layer import AttentionLayer
+from torch import Tensor
+
 from attn_triton.geometry import Geometry
 
 LOG2E = math.log2(math.e)
@@ -29,7 +29,9 @@ class Kind:
 
 @dataclass(slots=True, eq=False)
 class BoundLayer:
-    """A layer, its kind, its pools as [pages, page_size, Hkv, D] views, and a number for its kind that hashes in no time."""
+    """A layer, its kind, its pools as [pages, page_size, Hkv, D] views, and a number for its kind that hashes in no
+    time.
+    """
 
     layer: AttentionLayer
     kind: Kind
@@ -59,8 +61,12 @@ def kind_of(layer: AttentionLayer, geometry: Geometry) -> Kind:
         )
     if layer.softcap < 0:
         raise ConfigError(f"layer {layer.layer_id}: softcap {layer.softcap}", accepted="0 (off) or a positive cap")
-    if layer.sinks is not None and (tuple(layer.sinks.shape) != (layer.num_q_heads,) or not layer.sinks.is_contiguous()):
-        raise ConfigError(f"layer {layer.layer_id}: sinks {tuple(layer.sinks.shape)}", accepted=f"contiguous [{layer.num_q_heads}]")
+    if layer.sinks is not None and (
+        tuple(layer.sinks.shape) != (layer.num_q_heads,) or not layer.sinks.is_contiguous()
+    ):
+        raise ConfigError(
+            f"layer {layer.layer_id}: sinks {tuple(layer.sinks.shape)}", accepted=f"contiguous [{layer.num_q_heads}]"
+        )
     return Kind(
         geometry=geometry,
         window=layer.sliding_window,

@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
-
 from attn_core.errors import KernelError
+from torch import Tensor
 
 
 def current_stream(device: torch.device) -> Callable[[], int]:
@@ -34,7 +33,9 @@ class Launcher:
 
     __slots__ = ("_variants", "constants", "interpreted", "kernel", "name", "options", "specialised", "stream", "tail")
 
-    def __init__(self, kernel: Any, constants: Mapping[str, Any], options: Mapping[str, Any], device: torch.device) -> None:
+    def __init__(
+        self, kernel: Any, constants: Mapping[str, Any], options: Mapping[str, Any], device: torch.device
+    ) -> None:
         self.kernel = kernel
         self.name = kernel.__name__
         self.interpreted = interpreted(kernel)
@@ -46,7 +47,9 @@ class Launcher:
         assert len(self.constants) == len(constants), f"{set(constants) - set(names)} are no parameters of {self.name}"
         self.tail = tuple(self.constants.values())
         leading = names[: -len(self.tail)]
-        assert names[len(leading) :] == tuple(self.constants), f"{self.name}: constants come last, and all of them are given"
+        assert names[len(leading) :] == tuple(self.constants), (
+            f"{self.name}: constants come last, and all of them are given"
+        )
         fixed = set() if self.interpreted else {p.name for p in kernel.params if p.do_not_specialize}
         #: positions of the arguments whose divisibility by 16 a compiled kernel may rely on
         self.specialised = frozenset(i for i, name in enumerate(leading) if name not in fixed)
@@ -83,7 +86,9 @@ class Launcher:
 
 
 class Bound:
-    """A launcher with its arguments. ``values`` are what the driver takes: replace entries named ``moving`` between launches."""
+    """A launcher with its arguments. ``values`` are what the driver takes: replace entries named ``moving`` between
+    launches.
+    """
 
     __slots__ = ("_args", "_fast", "_launcher", "_moving", "_static_odd", "values")
 
@@ -123,7 +128,9 @@ class Bound:
             if not bits & 15:
                 self._fast = compiled
         stream = launcher.stream()
-        compiled.run(x, y, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *values, *launcher.tail)
+        compiled.run(
+            x, y, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *values, *launcher.tail
+        )
 
 
 class Launchers:
@@ -137,7 +144,9 @@ class Launchers:
         self.dependent = dependent
         self._found: dict[Any, Launcher] = {}
 
-    def get(self, kernel: Any, constants: Mapping[str, Any], options: Mapping[str, Any], dtypes: tuple[Any, ...]) -> Launcher:
+    def get(
+        self, kernel: Any, constants: Mapping[str, Any], options: Mapping[str, Any], dtypes: tuple[Any, ...]
+    ) -> Launcher:
         """The launcher of a kernel that was asked for like this before, or a new one."""
         key = (kernel.__name__, tuple(sorted(constants.items())), tuple(sorted(options.items())), dtypes)
         found = self._found.get(key)

@@ -1,4 +1,6 @@
-"""Launch parameters of the attention kernels: a committed table by architecture and shape class, and a default for the rest."""
+"""Launch parameters of the attention kernels: a committed table by architecture and shape class, and a default for the
+rest.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from importlib import resources
 from typing import Any, Final, Literal, cast
 
 from attn_core.planning.claims import ArchSpec
+
 from attn_triton.chip import Chip
 from attn_triton.geometry import Geometry, power_of_two_from
 
@@ -17,7 +20,8 @@ Load = Literal["few", "many", "mixed"]
 LOADS: Final[tuple[Load, ...]] = ("few", "many", "mixed")
 
 
-#: What a tuning run tries in place of the table: "decode" and "extend" entries, and "cut" ("fixed" or "stream"). Empty in serving.
+#: What a tuning run tries in place of the table: "decode" and "extend" entries, and "cut" ("fixed" or "stream"). Empty
+#: in serving.
 FORCED: Final[dict[str, Any]] = {}
 
 
@@ -34,7 +38,9 @@ class DecodeTile:
 
 @dataclass(frozen=True, slots=True)
 class ExtendTile:
-    """``block_m`` rows, ``block_n`` keys a tile; ``by_head``: row blocks of one KV head side by side, else longest first."""
+    """``block_m`` rows, ``block_n`` keys a tile; ``by_head``: row blocks of one KV head side by side, else longest
+    first.
+    """
 
     block_m: int
     block_n: int
@@ -76,7 +82,7 @@ def _default_extend(chip: Chip, geometry: Geometry) -> ExtendTile:
     row_bytes = sum(geometry.k_parts) * geometry.dtype.itemsize
     width = max(sum(geometry.k_parts), sum(geometry.v_parts))
     if geometry.dtype.itemsize == 4:  # no tensor cores for exact fp32
-        candidates = ((32, 32, 4, 2), (32, 16, 4, 2), (16, 16, 4, 1))
+        candidates: tuple[tuple[int, int, int, int], ...] = ((32, 32, 4, 2), (32, 16, 4, 2), (16, 16, 4, 1))
     elif width > 256:
         candidates = ((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1))
     elif width > 128:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from attn_core.errors import BatchError, ConfigError
 from attn_core.runtime.layer import AttentionLayer
+from torch import Tensor
+
 from attn_triton.extend import ExtendKernels, Rows
 from attn_triton.geometry import Geometry
 from attn_triton.kinds import BoundLayer, kind_of, score_scale
@@ -33,7 +33,8 @@ def attend_rows(
     wanted = ((k.shape[0], layer.num_kv_heads, layer.qk_head_dim), (k.shape[0], layer.num_kv_heads, layer.v_head_dim))
     if (tuple(k.shape), tuple(v.shape)) != wanted or k.stride(-1) != 1 or v.stride(-1) != 1:
         raise BatchError(
-            f"k {tuple(k.shape)} and v {tuple(v.shape)}", accepted=f"{wanted[0]} and {wanted[1]}, the last dimension contiguous"
+            f"k {tuple(k.shape)} and v {tuple(v.shape)}",
+            accepted=f"{wanted[0]} and {wanted[1]}, the last dimension contiguous",
         )
     kind = kind_of(layer, Geometry.of_rows(layer, k, v, q.dtype))
     rows = Rows(

@@ -10,7 +10,9 @@ FEW_ROWS = 64
 
 
 def by_split(step: Step, kind: Kind, *, invariant: bool) -> bool:
-    """Whether the split kernel runs it: few rows, and nothing that only the extend kernel knows (spans; one way for all batches)."""
+    """Whether the split kernel runs it: few rows, and nothing that only the extend kernel knows (spans; one way for all
+    batches).
+    """
     if invariant or (step.spans is not None and not step.single and not kind.cross):
         return False
     return step.single or step.verify or step.max_query_len * kind.geometry.group <= FEW_ROWS

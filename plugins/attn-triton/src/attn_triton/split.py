@@ -8,14 +8,17 @@ from attn_triton.chip import Chip
 from attn_triton.geometry import Geometry
 from attn_triton.parameters import FORCED, DecodeTile, Load, decode_tile
 
-#: What a turn of programs costs beside its keys, as a share of one whole request's time: starting, and its part of the merge.
+#: What a turn of programs costs beside its keys, as a share of one whole request's time: starting, and its part of the
+#: merge.
 TURN_COST = 0.01
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """``fixed``: every request in ``splits`` pieces, known on the host; else ``groups`` pieces that the schedule kernel makes,
-    of which ``stream_groups`` equal ones where lengths are uneven, and ``splits`` for each request where they are even."""
+    """``fixed``: every request in ``splits`` pieces, known on the host; else ``groups`` pieces that the schedule kernel
+    makes, of which ``stream_groups`` equal ones where lengths are uneven, and ``splits`` for each request where they
+    are even.
+    """
 
     tile: DecodeTile
     tiles: int
@@ -42,7 +45,9 @@ def cut_keys(
     lengths: list[int] | None,
     window: int | None,
 ) -> Cut:
-    """How to cut ``batch`` requests of at most ``query_len`` queries and ``most_keys`` keys; ``lengths`` if the host has them."""
+    """How to cut ``batch`` requests of at most ``query_len`` queries and ``most_keys`` keys; ``lengths`` if the host
+    has them.
+    """
     rows = query_len * geometry.group
     if window is not None:
         most_keys = min(most_keys, window + query_len - 1)

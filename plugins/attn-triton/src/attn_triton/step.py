@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from attn_core.errors import BatchError
 from attn_core.runtime.batch import ForwardBatch, ForwardMode
+from torch import Tensor
+
 from attn_triton.geometry import power_of_two_from
 from attn_triton.kernels.write import tree_depth_kernel
 from attn_triton.launch import Launchers
@@ -59,7 +59,9 @@ class Step:
         if not cross:
             return self.own
         if self.encoder is None:
-            raise BatchError("a cross layer in a batch without an encoder", accepted="encoder_seq_lens and encoder_page_table")
+            raise BatchError(
+                "a cross layer in a batch without an encoder", accepted="encoder_seq_lens and encoder_page_table"
+            )
         return self.encoder
 
 
@@ -69,7 +71,10 @@ def step_of(batch: ForwardBatch) -> Step:
     encoder = None
     if batch.encoder_seq_lens is not None and batch.encoder_page_table is not None:
         encoder = Keys(
-            batch.encoder_seq_lens, _rows(batch.encoder_page_table), batch.max_encoder_seq_len, _listed(batch.encoder_seq_lens_cpu)
+            batch.encoder_seq_lens,
+            _rows(batch.encoder_page_table),
+            batch.max_encoder_seq_len,
+            _listed(batch.encoder_seq_lens_cpu),
         )
     return Step(
         batch_size=batch.batch_size,
@@ -88,7 +93,9 @@ def step_of(batch: ForwardBatch) -> Step:
 
 
 def tree_bits(batch: ForwardBatch) -> Tensor | None:
-    """The tree of a batch as [B, q, q] uint8. Raises BatchError for a tree of another shape than the step, or with spans."""
+    """The tree of a batch as [B, q, q] uint8. Raises BatchError for a tree of another shape than the step, or with
+    spans.
+    """
     if batch.tree is None:
         return None
     visible = batch.tree.visible

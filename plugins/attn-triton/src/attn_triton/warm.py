@@ -1,4 +1,6 @@
-"""Steps that need every kernel a config can need: run once to compile them, on the device or ahead of time for another one."""
+"""Steps that need every kernel a config can need: run once to compile them, on the device or ahead of time for another
+one.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
-
 from attn_core.planning.config import AttentionConfig, LayerKind
 from attn_core.runtime.batch import ForwardBatch, ForwardMode, TreeMask
 from attn_core.runtime.kv_cache import TORCH_DTYPES
@@ -22,7 +23,9 @@ PROMPTS = ((128, 128), (1, 1, 1, 384))
 
 
 def warm_batches(config: AttentionConfig, page_size: int, device: torch.device) -> Iterator[ForwardBatch]:
-    """Batches over the null page, nothing written: decode, verify, prompts, with and without lengths that the host knows."""
+    """Batches over the null page, nothing written: decode, verify, prompts, with and without lengths that the host
+    knows.
+    """
     for size in BATCH_SIZES:
         batch = _batch(ForwardMode.DECODE, (1,) * size, page_size, config, device)
         yield batch

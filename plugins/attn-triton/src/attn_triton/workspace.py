@@ -7,7 +7,9 @@ from torch import Tensor
 
 
 class Workspace:
-    """fp32 rows and their LSE. Grows to the largest demand seen, which the chip bounds and not the batch or the context."""
+    """fp32 rows and their LSE. Grows to the largest demand seen, which the chip bounds and not the batch or the
+    context.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -23,6 +25,8 @@ class Workspace:
             self._store = torch.empty(elements, dtype=torch.float32, device=self._device)
 
     def parts(self, rows: int, width: int) -> tuple[Tensor, Tensor]:
-        """Room for ``rows`` partial results of ``width``, and as many LSE. What was given before must not be in use any more."""
+        """Room for ``rows`` partial results of ``width``, and as many LSE. What was given before must not be in use any
+        more.
+        """
         self.reserve(rows * (width + 1))
         return self._store, self._store[rows * width : rows * (width + 1)]

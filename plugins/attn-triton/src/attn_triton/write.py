@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from attn_core.errors import BatchError
 from torch import Tensor
 
-from attn_core.errors import BatchError
 from attn_triton.geometry import Geometry, power_of_two_from
 from attn_triton.kernels.write import write_kernel
 from attn_triton.kinds import BoundLayer
@@ -43,9 +43,7 @@ class BoundWrite:
         bound.launch(self.grid)
 
 
-def bind_write(
-    launchers: Launchers, layer: BoundLayer, k: Tensor, v: Tensor | None, slots: Tensor
-) -> BoundWrite:
+def bind_write(launchers: Launchers, layer: BoundLayer, k: Tensor, v: Tensor | None, slots: Tensor) -> BoundWrite:
     """The write of layers like ``layer`` to ``slots`` [T] int64; k and v give the dtypes."""
     geometry = layer.kind.geometry
     heads = power_of_two_from(geometry.num_kv_heads)

@@ -24,7 +24,9 @@ def block_range(length, query_len, window, BN: tl.constexpr, WINDOW: tl.constexp
 
 @triton.jit
 def num_blocks(length, STARTS, b, window, BN: tl.constexpr, SINGLE: tl.constexpr, WINDOW: tl.constexpr):
-    """How long request ``b`` is on the line: its blocks, at least one, so that somebody writes the output of a request without keys."""
+    """How long request ``b`` is on the line: its blocks, at least one, so that somebody writes the output of a request
+    without keys.
+    """
     query_len = 1
     if not SINGLE:
         query_len = tl.load(STARTS + b + 1) - tl.load(STARTS + b)
@@ -34,7 +36,9 @@ def num_blocks(length, STARTS, b, window, BN: tl.constexpr, SINGLE: tl.constexpr
 
 @triton.jit
 def page_of(page_row, i, lowest, length, end_block, PAGE: tl.constexpr, BN: tl.constexpr):
-    """The page ids of block ``i`` of BN keys: one if a page holds whole blocks, else one a key. Past the end the last page repeats."""
+    """The page ids of block ``i`` of BN keys: one if a page holds whole blocks, else one a key. Past the end the last
+    page repeats.
+    """
     if PAGE % BN == 0:
         page = tl.load(page_row + (tl.maximum(tl.minimum(i, end_block - 1), 0) * BN) // PAGE)
     else:
@@ -87,7 +91,8 @@ def attend_blocks(
     HAS_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Online softmax over blocks ``first_block``..``end_block``: accumulators [BM, V0] and [BM, V1], top and total [BM].
+    """Online softmax over blocks ``first_block``..``end_block``: accumulators [BM, V0] and [BM, V1], top and total
+    [BM].
 
     Keys that nobody sees are clamped to one that is seen: what is loaded is data, so that 0 * NaN cannot happen.
     """

@@ -1,7 +1,9 @@
-"""Attention of many query rows: prompts with or without a cached prefix, mixed batches, verify, cross, and keys that are not cached.
+"""Attention of many query rows: prompts with or without a cached prefix, mixed batches, verify, cross, and keys that
+are not cached.
 
-A program takes BM rows, (token, query head of a KV head's group) side by side, so that any group size fills a tile, and walks the
-keys these rows see: tiles cut by a window's start, tiles seen in full, tiles cut by the diagonal, by spans, by a tree or by the end.
+A program takes BM rows, (token, query head of a KV head's group) side by side, so that any group size fills a tile, and
+walks the keys these rows see: tiles cut by a window's start, tiles seen in full, tiles cut by the diagonal, by spans,
+by a tree or by the end.
 """
 
 import triton
@@ -12,7 +14,9 @@ from attn_triton.kernels.tiles import dot, finish, load_rows, log_sum, scores, s
 
 @triton.jit
 def tile_pages(page_row, n0, last_page, PAGE: tl.constexpr, BN: tl.constexpr):
-    """Page ids of the tile of BN keys from ``n0``, a multiple of BN: one, or one a key; the index is held at ``last_page``."""
+    """Page ids of the tile of BN keys from ``n0``, a multiple of BN: one, or one a key; the index is held at
+    ``last_page``.
+    """
     if PAGE % BN == 0:
         page = tl.load(page_row + tl.minimum(n0 // PAGE, last_page))
     elif BN % PAGE == 0:
@@ -81,10 +85,14 @@ def run_tiles(
     HAS_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Tiles ``begin``..``end`` (begin a multiple of BN). MASKED: what a row sees is asked for every key, and keys outside
-    ``lowest``..``highest`` are read as the nearest one inside, so that what is loaded is data and 0 * NaN cannot happen."""
+    """Tiles ``begin``..``end`` (begin a multiple of BN). MASKED: what a row sees is asked for every key, and keys
+    outside ``lowest``..``highest`` are read as the nearest one inside, so that what is loaded is data and 0 * NaN
+    cannot happen.
+    """
     page = 0
-    if PAGED and not MASKED:  # page ids travel one tile ahead: an indirect load in the body takes a stage of the pipeline away
+    if (
+        PAGED and not MASKED
+    ):  # page ids travel one tile ahead: an indirect load in the body takes a stage of the pipeline away
         page = tile_pages(page_row, begin, highest // PAGE, PAGE, BN)
     for n0 in tl.range(begin, end, BN, num_stages=STAGES):
         n = n0 + tl.arange(0, BN)
@@ -133,7 +141,9 @@ def run_tiles(
 
 @triton.jit
 def span_end(position, span_row, num_spans, last_seen):
-    """The last key each row sees when tokens of one span see each other both ways: the end of the spans it lies in, if that is later."""
+    """The last key each row sees when tokens of one span see each other both ways: the end of the spans it lies in, if
+    that is later.
+    """
     for i in range(num_spans):
         start = tl.load(span_row + 2 * i)
         stop = tl.load(span_row + 2 * i + 1)
@@ -207,7 +217,8 @@ def extend_kernel(
     HAS_LSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (row blocks of all requests * HKV), MAPPED through TILE_MAP [blocks, 2] (request, block) or ``blocks`` for each of ``batch``.
+    """Grid (row blocks of all requests * HKV), MAPPED through TILE_MAP [blocks, 2] (request, block) or ``blocks`` for
+    each of ``batch``.
 
     BY_HEAD puts the row blocks of one KV head side by side; otherwise the blocks with the most keys begin first.
     """
@@ -232,11 +243,9 @@ def extend_kernel(
     q_start = tl.load(STARTS + b)
     query_len = tl.load(STARTS + b + 1) - q_start
     if PAGED:
-        key_start = 0
         length = tl.load(LENGTHS + b)
     else:
-        key_start = tl.load(KEY_STARTS + b)
-        length = tl.load(KEY_STARTS + b + 1) - key_start
+        length = tl.load(KEY_STARTS + b + 1) - tl.load(KEY_STARTS + b)
     if block * BM < query_len * GROUP:
         rows = block * BM + tl.arange(0, BM)
         token = rows // GROUP
@@ -251,8 +260,9 @@ def extend_kernel(
         K += h * K_HEAD
         V += h * V_HEAD
         if not PAGED:
-            K += key_start.to(tl.int64) * K_TOKEN
-            V += key_start.to(tl.int64) * V_TOKEN
+            key_start = tl.load(KEY_STARTS + b).to(tl.int64)
+            K += key_start * K_TOKEN
+            V += key_start * V_TOKEN
 
         prefix = length - query_len
         first_token = block * BM // GROUP
@@ -340,8 +350,11 @@ def extend_kernel(
 
 
 @triton.jit(do_not_specialize=["batch", "entries"])
-def tile_map_kernel(STARTS, TILE_MAP, batch, entries, BATCH: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, CHUNK: tl.constexpr):
-    """TILE_MAP [entries, 2]: (request, row block) of every row block, the last blocks of a request first. Grid (entries / CHUNK).
+def tile_map_kernel(
+    STARTS, TILE_MAP, batch, entries, BATCH: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, CHUNK: tl.constexpr
+):
+    """TILE_MAP [entries, 2]: (request, row block) of every row block, the last blocks of a request first. Grid (entries
+    / CHUNK).
 
     Entries that are left over name request 0 with a block past its end: a program without rows.
     """

@@ -34,8 +34,9 @@ def schedule_kernel(
     """Cuts the line of all blocks into at most ``groups`` pieces. Grid: max(groups + 1, batch).
 
     Lengths that are about even get ``splits`` pieces each (0: never), which begin and end with a request; others get
-    ``stream_groups`` equal pieces of the whole line. LINE [batch + 1]: where each request begins; BOUNDS [groups + 1]: where each piece does; FIRST [groups]:
-    the request it begins in; OWNERS [batch, 2]: the first and the last piece of each request.
+    ``stream_groups`` equal pieces of the whole line. LINE [batch + 1]: where each request begins; BOUNDS [groups + 1]:
+    where each piece does; FIRST [groups]: the request it begins in; OWNERS [batch, 2]: the first and the last piece of
+    each request.
     """
     pid = tl.program_id(0)
     ids = tl.arange(0, BATCH)
@@ -107,7 +108,8 @@ def merge_kernel(
     HAS_LSE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Joins the parts of rows RT at a time: out = sum 2^(l_i - m) o_i / sum 2^(l_i - m). Grid (batch * HKV * TILES, ROWS / RT).
+    """Joins the parts of rows RT at a time: out = sum 2^(l_i - m) o_i / sum 2^(l_i - m). Grid (batch * HKV * TILES,
+    ROWS / RT).
 
     Parts are normalised, with base-2 LSE; they are read PARTS at a time, always in the order of the keys.
     """
@@ -167,4 +169,3 @@ def merge_kernel(
         if HAS_LSE:
             base2 = log_sum(top, weight)
             tl.store(LSE + (q_start + token) * (HKV * GROUP) + head, base2 * 0.6931471805599453, mask=live)
-

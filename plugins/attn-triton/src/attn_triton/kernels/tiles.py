@@ -1,13 +1,16 @@
 """What every attention kernel does with one tile: load rows, score, mask, and fold into the running softmax."""
 
-# Triton reads annotations of constexpr parameters at run time, so this file has no `from __future__ import annotations`.
+# Triton reads annotations of constexpr parameters at run time, so this file has no `from __future__ import
+# annotations`.
 import triton
 import triton.language as tl
 
 
 @triton.jit
 def load_rows(base, rows, mask, OFFSET: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, MASKED: tl.constexpr):
-    """[R, WIDTH]: columns OFFSET.. of the rows at element offsets ``rows`` [R]; columns from DIM on are 0, as are masked rows."""
+    """[R, WIDTH]: columns OFFSET.. of the rows at element offsets ``rows`` [R]; columns from DIM on are 0, as are
+    masked rows.
+    """
     columns = OFFSET + tl.arange(0, WIDTH)
     pointers = base + rows[:, None] + columns[None, :]
     if OFFSET + WIDTH > DIM:
@@ -24,7 +27,9 @@ def load_rows(base, rows, mask, OFFSET: tl.constexpr, WIDTH: tl.constexpr, DIM: 
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """a [M, K] times b [K, N] onto acc [M, N] fp32; b takes the dtype of a (an fp8 tile becomes the queries' dtype, exactly)."""
+    """a [M, K] times b [K, N] onto acc [M, N] fp32; b takes the dtype of a (an fp8 tile becomes the queries' dtype,
+    exactly).
+    """
     return tl.dot(a, b.to(a.dtype), acc, input_precision=PRECISION)
 
 
@@ -51,10 +56,12 @@ def soft_capped(s, scale, cap):
 
 @triton.jit
 def softmax_step(s, top, total, scale, HAS_CAP: tl.constexpr, MASKED: tl.constexpr):
-    """One online-softmax step in base 2 over scores [M, N]: probabilities, the factor [M] on what came before, new top, new total.
+    """One online-softmax step in base 2 over scores [M, N]: probabilities, the factor [M] on what came before, new top,
+    new total.
 
-    Without a soft cap ``scale`` (log2(e) in it) is applied here, in the one fused multiply-subtract that the exponent needs.
-    MASKED tiles may leave a row without any key: its top stays -inf, and its probabilities and factor are 0, not NaN.
+    Without a soft cap ``scale`` (log2(e) in it) is applied here, in the one fused multiply-subtract that the exponent
+    needs. MASKED tiles may leave a row without any key: its top stays -inf, and its probabilities and factor are 0, not
+    NaN.
     """
     peak = tl.max(s, 1)
     if not HAS_CAP:
@@ -88,8 +95,9 @@ def visible_keys(
 ):
     """[M, N] bool: which of the keys ``n`` [N] each row sees.
 
-    A row sees first_seen[row]..last_seen[row]. With a TREE the draft tokens, keys ``prefix``.., are seen by the request's
-    mask instead: ``tree_row`` points to its [q, q] bool, ``depth_row`` to its [q] depths; a window counts positions.
+    A row sees first_seen[row]..last_seen[row]. With a TREE the draft tokens, keys ``prefix``.., are seen by the
+    request's mask instead: ``tree_row`` points to its [q, q] bool, ``depth_row`` to its [q] depths; a window counts
+    positions.
     """
     seen = (n[None, :] >= first_seen[:, None]) & (n[None, :] <= last_seen[:, None])
     if TREE:

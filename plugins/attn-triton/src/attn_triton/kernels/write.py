@@ -1,4 +1,6 @@
-"""New keys and values into their slots of the paged cache, both in one launch; and the copies that a graph replay needs."""
+"""New keys and values into their slots of the paged cache, both in one launch; and the copies that a graph replay
+needs.
+"""
 
 import triton
 import triton.language as tl
@@ -148,7 +150,7 @@ def refresh_kernel(
         mine = (place < share) & (at < tokens)
         tl.store(SLOTS_TO + at, tl.load(SLOTS_FROM + at, mask=mine), mask=mine)
     if TREE:
-        for i in range(0, Q_TREE):
+        for i in range(Q_TREE):
             tree_row(TREE_FROM, TREE_TO, DEPTHS, b * Q_TREE + i, Q_TREE, Q_PADDED, True)
     if ENCODER:
         copy_pages(
