@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -304,6 +305,17 @@ def test_ctrl_c_ends_with_what_was_generated_and_the_figures(tiny_folder: Path, 
     assert 10 < len(first) < len(whole[0]["text"])
     assert whole[0]["text"].startswith(first.rstrip("\ufffd"))
     assert whole[1]["text"].startswith(second.removesuffix("\n").rstrip("\ufffd"))
+
+
+def test_json_of_an_interrupted_run_says_so(attn: Attn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal itself is tested above; here it comes before the sixth step."""
+    asked = iter([False] * 5 + [True])
+    monkeypatch.setattr("attn_core.cli.generate.interruptible", lambda: nullcontext(lambda: next(asked)))
+    result = attn("first", "second", *LONG, "--json")
+    assert result.code == 130
+    assert result.json["finished"] is False
+    assert [len(request["tokens"]) for request in result.json["requests"]] == [5, 5]
+    assert {request["finish_reason"] for request in result.json["requests"]} == {None}
 
 
 def test_ctrl_c_while_loading_ends_at_once(tiny_folder: Path) -> None:

@@ -161,8 +161,29 @@ def gemma3() -> Any:
     )
 
 
-@pytest.mark.parametrize("make", [mllama, gemma3])
-def test_a_model_with_images_generates_from_text_alone(make: Any, tiny_folder: Path, tmp_path: Path) -> None:
+def gemma2() -> Any:
+    more = {"head_dim": 16, "num_hidden_layers": 2, "sliding_window": 8, "attn_logit_softcapping": 5.0}
+    return hf.Gemma2ForCausalLM(hf.Gemma2Config(**TEXT, **more, query_pre_attn_scalar=24))
+
+
+def gpt_oss() -> Any:
+    more = {"head_dim": 16, "num_hidden_layers": 2, "sliding_window": 8, "num_local_experts": 4}
+    return hf.GptOssForCausalLM(hf.GptOssConfig(**TEXT, **more, num_experts_per_tok=2))
+
+
+def deepseek_v3() -> Any:
+    more = {"num_hidden_layers": 2, "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 24,
+            "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "first_k_dense_replace": 1,
+            "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1,
+            "topk_group": 1}  # fmt: skip
+    return hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**{**TEXT, **more}))
+
+
+@pytest.mark.parametrize("make", [gemma2, gpt_oss, deepseek_v3, mllama, gemma3])
+def test_folders_of_other_architectures_generate_what_their_own_code_would(
+    make: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Windows, soft caps, sinks, latents from a folder; models with images from text alone."""
     model = make()
     session, tokens = serve(folder_of(model, tiny_folder, tmp_path / "model"))
     model.eval().set_attn_implementation("eager")
