@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attn_core.cli import checkup
+from attn_core.planning.discovery import Installed
+from attn_core.planning.system import System
 
 from .conftest import BACKEND, MANIFEST, Result, Site
 
@@ -131,3 +134,14 @@ def test_a_plugin_that_hangs_is_ended_with_what_it_started(site: Site, tmp_path:
     # A process that was killed and not yet waited for by init is a zombie: ended all the same.
     status = Path(f"/proc/{mark.read_text()}/stat")
     assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_what_is_preferred_on_a_machine_and_not_installed_is_advice() -> None:
+    (advice,) = checkup.advice(Installed(), System.parse("npu:ascend910b"))
+    assert advice.detail.endswith("is preferred on npu:ascend910b, and not installed")
+    assert (advice.hint or "").startswith("pip install attn-")
+
+
+def test_a_machine_named_by_hand_is_said_to_be_another() -> None:
+    found = {check.name: check.detail for check in checkup.machine_checks(System.parse("cuda:sm_90"))}
+    assert "it is not this machine" in found["system"]

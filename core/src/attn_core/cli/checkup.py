@@ -11,12 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from attn_core.cli.isolated import Outcome, run_isolated
-from attn_core.cli.listing import core_version
+from attn_core.cli.listing import core_version, in_words
 from attn_core.planning.discovery import BackendRef, Installed
 from attn_core.planning.distributions import Distribution, scan
 from attn_core.planning.filters import CORE_DISTRIBUTION
 from attn_core.planning.hooks import DoctorCheck
 from attn_core.planning.manifest import PROTOCOL_VERSION
+from attn_core.planning.ranking import preferences
 from attn_core.planning.reasons import availability
 from attn_core.planning.system import System
 from attn_core.planning.versions import Requirement
@@ -106,7 +107,7 @@ def _plugin_check(ref: BackendRef, system: System, timeout: float) -> DoctorChec
     outcome = run_isolated("backend", ref.object, timeout=timeout)
     problem = _problem(outcome)
     if problem is None:
-        return _loaded_check(ref, who, outcome)
+        return _loaded_check(ref, who, outcome, "; ".join(in_words(each.to_json()) for each in reasons))
     if absent is not None:
         return DoctorCheck(ref.listed, "warn", f"{who}: needs {absent.wanted}, found {absent.have}", absent.hint)
     if any(sign in problem for sign in _ABI_SIGNS):
@@ -119,7 +120,7 @@ def _plugin_check(ref: BackendRef, system: System, timeout: float) -> DoctorChec
     return DoctorCheck(ref.listed, "fail", f"{who}: {problem}", f"report it to the authors of {ref.dist}")
 
 
-def _loaded_check(ref: BackendRef, who: str, outcome: Outcome) -> DoctorCheck:
+def _loaded_check(ref: BackendRef, who: str, outcome: Outcome, unusable: str) -> DoctorCheck:
     assert outcome.report is not None
     report = outcome.report
     if not report["is_backend"]:
@@ -142,7 +143,8 @@ def _loaded_check(ref: BackendRef, who: str, outcome: Outcome) -> DoctorCheck:
         return DoctorCheck(
             ref.listed, "warn", f"{who}: {'; '.join(findings)}", "a plugin does nothing when it is imported"
         )
-    return DoctorCheck(ref.listed, "ok", f"{who}: loads in {report['seconds']:.1f} s")
+    but = f"; cannot run here: {unusable}" if unusable else ""
+    return DoctorCheck(ref.listed, "ok", f"{who}: loads in {report['seconds']:.1f} s{but}")
 
 
 def _problem(outcome: Outcome) -> str | None:
@@ -194,9 +196,15 @@ def _requirements(distribution: Distribution) -> Iterator[Requirement]:
 
 
 def advice(installed: Installed, system: System) -> Iterator[DoctorCheck]:
-    """What to install for a backend that fits this machine and only lacks a library."""
+    """What to install to get more: libraries of backends that fit this machine, and backends preferred on it."""
     for ref in installed.backends:
         reasons = availability(ref.manifest, system)
         if reasons and all(r.layer == "installed" for r in reasons):
             for each in reasons:
                 yield DoctorCheck("to get more", "ok", f"{ref.listed} would run here with {each.wanted}", each.hint)
+    table = preferences()
+    fitting = [entry for entry in table.entries if entry.device == system.device and entry.arch.allows(system.arch)]
+    for name in dict.fromkeys(name for entry in fitting for name in entry.order):
+        if not installed.has(name):
+            install = f"pip install {table.distributions[name]}"
+            yield DoctorCheck("to get more", "ok", f"{name} is preferred on {system}, and not installed", install)

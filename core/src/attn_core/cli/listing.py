@@ -122,11 +122,12 @@ def _usable(entry: dict[str, Any]) -> str:
     if entry["ambiguous"]:
         return "no: the name is claimed twice; use the full one"
     if entry["reasons"]:
-        return "no: " + "; ".join(map(_in_words, entry["reasons"]))
+        return "no: " + "; ".join(map(in_words, entry["reasons"]))
     return "yes"
 
 
-def _in_words(reason: dict[str, Any]) -> str:
+def in_words(reason: dict[str, Any]) -> str:
+    """What a Reason (as JSON data) says about a machine, short enough for a table."""
     if reason["layer"] != "installed":
         return f"{reason['field']} is {reason['wanted']}, it needs {reason['have']}"
     absent = reason["have"] == "not installed"
