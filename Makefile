@@ -8,7 +8,7 @@ DISTS   := core $(PLUGINS)
 
 #: targets that test a plugin in an environment of its own; a make.mk adds to it, and `make test` runs them all
 PLUGIN_TESTS :=
-#: targets that set up what the tests of a plugin need; a make.mk adds to it, and `make setup` runs them all
+#: targets that fetch what the tests of a plugin need beside .venv; a make.mk adds to it, and `make pytest` runs them all
 PLUGIN_SETUP :=
 
 # One thread each: two test processes share the cores, and torch oversubscribes them otherwise.
@@ -50,7 +50,7 @@ $(VENV)/.plugins: $(VENV)/.tools $(addsuffix /pyproject.toml,$(PLUGINS))
 	@$(if $(PLUGINS),$(PIP) install --quiet --no-deps --no-build-isolation $(addprefix --editable ./,$(PLUGINS)))
 	@touch $@
 
-setup: $(VENV)/.plugins $(PLUGIN_SETUP)
+setup: $(VENV)/.plugins
 	@:
 
 # --- the two commands
@@ -60,7 +60,7 @@ demo: setup
 
 test: setup lint check-docs $(PLUGIN_TESTS) pytest
 
-pytest: setup
+pytest: setup $(PLUGIN_SETUP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov --cov-report=term:skip-covered \
 		core/tests $(wildcard plugins/*/tests) tests
 
