@@ -25,8 +25,7 @@ from attn_core.runtime.torch_native.pages import RowTable, fp8_to_float
 from attn_core.runtime.torch_native.step import missing_encoder
 
 #: Tokens in a block: long enough for a matrix product, short enough to waste little at the end of a request.
-LONG_BLOCK: Final = 128
-SHORT_BLOCK: Final = 32
+BLOCK: Final = 128
 #: Bytes of keys gathered at a time, to be read again while they are in the processor's cache.
 GATHER_BYTES: Final = 2 << 20
 #: Scores held at a time, in elements.
@@ -37,10 +36,10 @@ IN_PLACE_GROUP: Final = 8
 
 @dataclass(slots=True)
 class Blocks:
-    """Keys of B requests in n blocks of ``width`` tokens: a request's blocks follow each other.
+    """Keys of B requests in n blocks of BLOCK tokens: a request's blocks follow each other.
 
-    ``owner`` [n]: the request. ``pages``, ``offsets`` [n, width]: where each key is; beyond a request's end its last
-    key is named again, so that nothing else is read, and ``shown`` [n, 1, 1, width] fp32 is 0 instead of 1.
+    ``owner`` [n]: the request. ``pages``, ``offsets`` [n, BLOCK]: where each key is; beyond a request's end its last
+    key is named again, so that nothing else is read, and ``shown`` [n, 1, 1, BLOCK] fp32 is 0 instead of 1.
     """
 
     owner: Tensor
@@ -56,12 +55,10 @@ class Blocks:
         """The last ``window`` keys of every request, or all of them."""
         lens = seq_lens.long()
         first = torch.zeros_like(lens) if window is None else (lens - window).clamp_(min=0)
-        longest = int((lens - first).max()) if lens.numel() else 0
-        width = LONG_BLOCK if longest >= 2 * LONG_BLOCK else SHORT_BLOCK
-        counts = (lens - first + width - 1) // width
+        counts = (lens - first + BLOCK - 1) // BLOCK
         owner = torch.repeat_interleave(counts)
         number = torch.arange(owner.shape[0]) - (counts.cumsum(0) - counts)[owner]
-        positions = (first[owner] + number * width)[:, None] + torch.arange(width)
+        positions = (first[owner] + number * BLOCK)[:, None] + torch.arange(BLOCK)
         end = lens[owner][:, None]
         shown = (positions < end).float()
         positions = torch.minimum(positions, end - 1)
@@ -77,24 +74,20 @@ class Blocks:
     def count(self) -> int:
         return self.owner.shape[0]
 
-    @property
-    def width(self) -> int:
-        return self.pages.shape[1]
-
     def rows_of(self, table: RowTable) -> Tensor:
-        """[n, H, width]: the rows of ``table`` that hold the keys; the same for all layers of one layout."""
+        """[n, H, BLOCK]: the rows of ``table`` that hold the keys; the same for all layers of one layout."""
         if table.layout not in self.rows:
             self.rows[table.layout] = table.index(self.pages, self.offsets)
         return self.rows[table.layout]
 
     def bags_of(self, table: RowTable, group: int) -> tuple[Tensor, Tensor]:
-        """For ``embedding_bag``: indices [n * H * group * width], and where the bag of each block and head begins."""
+        """For ``embedding_bag``: indices [n * H * group * BLOCK], and where the bag of each block and head begins."""
         key = (*table.layout, group)
         if key not in self.bags:
-            small = table.rows.shape[0] < 1 << 31 and self.count * table.heads * group * self.width < 1 << 31
+            small = table.rows.shape[0] < 1 << 31 and self.count * table.heads * group * BLOCK < 1 << 31
             dtype = torch.int32 if small else torch.int64
             rows = self.rows_of(table)[:, :, None].to(dtype).expand(-1, -1, group, -1).reshape(-1)
-            self.bags[key] = rows, torch.arange(0, rows.shape[0], self.width, dtype=dtype)
+            self.bags[key] = rows, torch.arange(0, rows.shape[0], BLOCK, dtype=dtype)
         return self.bags[key]
 
 
@@ -105,7 +98,7 @@ class FlatStep:
     batch: ForwardBatch
     slot_mapping: Tensor
     page_size: int
-    blocks: dict[tuple[int | None, bool], list[Blocks]] = field(default_factory=dict)
+    blocks: dict[tuple[int | None, bool, int], list[Blocks]] = field(default_factory=dict)
 
     def attend(
         self, q: Tensor, layer: AttentionLayer, kv_cache: KVCache, need_lse: bool
@@ -118,7 +111,7 @@ class FlatStep:
 
     def _blocks(self, layer: AttentionLayer) -> list[Blocks]:
         """All keys of the step, in as many parts as their scores need."""
-        key = layer.sliding_window, layer.cross
+        key = layer.sliding_window, layer.cross, layer.num_q_heads
         if key not in self.blocks:
             lens, table = self.batch.seq_lens, self.batch.page_table
             if layer.cross:
@@ -126,7 +119,7 @@ class FlatStep:
                     raise missing_encoder(layer)
                 lens, table = self.batch.encoder_seq_lens, self.batch.encoder_page_table
             blocks = Blocks.of(lens, table, self.page_size, layer.sliding_window)
-            at_once = max(1, SCORE_ELEMENTS // (layer.num_q_heads * blocks.width))
+            at_once = max(1, SCORE_ELEMENTS // (layer.num_q_heads * BLOCK))
             self.blocks[key] = [blocks.part(i, i + at_once) for i in range(0, blocks.count, at_once)]
         return self.blocks[key]
 
@@ -149,12 +142,12 @@ def _attend_blocks(q: Tensor, layer: AttentionLayer, kv_cache: KVCache, blocks: 
 
 
 def _scores(q: Tensor, layer: AttentionLayer, kv_cache: KVCache, blocks: Blocks) -> Tensor:
-    """[n, Hkv, G, width] fp32, scaled and capped."""
+    """[n, Hkv, G, BLOCK] fp32, scaled and capped."""
     pool = kv_cache.k_nhd(layer.layer_id)
     table = RowTable.of(pool)
     kv_heads, group = layer.num_kv_heads, layer.group_size
     queries = (q.float() * (layer.scale * layer.k_scale)).view(-1, kv_heads, group, q.shape[-1])[blocks.owner]
-    scores = torch.empty(blocks.count, kv_heads, group, blocks.width)
+    scores = torch.empty(blocks.count, kv_heads, group, BLOCK)
     for cut, rows in _gathered(table, pool.dtype, blocks):
         torch.bmm(queries[cut].flatten(0, 1), rows.transpose(1, 2), out=scores[cut].flatten(0, 1))
     return cap(scores, layer.softcap)
@@ -164,19 +157,19 @@ def _gathered(table: RowTable, dtype: torch.dtype, blocks: Blocks) -> Iterator[t
     """Some blocks at a time, with their rows [blocks * H, width, D] in fp32, unscaled; the buffer is filled again."""
     index = blocks.rows_of(table)
     heads, dim = table.heads, table.rows.shape[1]
-    at_once = max(1, GATHER_BYTES // (heads * blocks.width * dim * 4))
-    size = min(at_once, blocks.count) * heads * blocks.width
+    at_once = max(1, GATHER_BYTES // (heads * BLOCK * dim * 4))
+    size = min(at_once, blocks.count) * heads * BLOCK
     buffer = table.rows.new_empty(size, dim)
     for first in range(0, blocks.count, at_once):
         cut = slice(first, min(first + at_once, blocks.count))
         wanted = index[cut].flatten()
         rows = torch.index_select(table.rows, 0, wanted, out=buffer[: wanted.shape[0]])
         rows = fp8_to_float(rows.view(dtype)) if dtype in FP8_DTYPES else rows.float()
-        yield cut, rows.view(-1, blocks.width, dim)
+        yield cut, rows.view(-1, BLOCK, dim)
 
 
 def _softmax(scores: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
-    """Turn ``scores`` [n, Hkv, G, width] into e^(score - top) in place, 0 where not shown.
+    """Turn ``scores`` [n, Hkv, G, BLOCK] into e^(score - top) in place, 0 where not shown.
 
     Returns top and total of each request, [B, Hkv, G, 1].
     """

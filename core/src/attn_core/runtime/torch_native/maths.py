@@ -56,9 +56,9 @@ def empty_state(*shape: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def add_sink(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """``(out, lse)`` with one more logit per head in the denominator, with no value: sinks [Hq], out [..., Hq, Dv].
+    """``(out, lse)``, fp32, with one more logit per head in the denominator: sinks [Hq], out [..., Hq, Dv].
 
-    e^lse / (e^lse + e^sink) = sigmoid(lse - sink). The result keeps out's dtype; the lse counts the sink.
+    e^lse / (e^lse + e^sink) = sigmoid(lse - sink). The lse counts the sink.
     """
     sinks = sinks.float()
-    return (out * torch.sigmoid(lse - sinks)[..., None]).to(out.dtype), torch.logaddexp(lse, sinks)
+    return out.float() * torch.sigmoid(lse - sinks)[..., None], torch.logaddexp(lse, sinks)

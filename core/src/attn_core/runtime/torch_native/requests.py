@@ -8,7 +8,6 @@ from typing import Final
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from attn_core.runtime.batch import ForwardBatch
@@ -86,7 +85,7 @@ def _joined(parts: list[Result], q: Tensor, layer: AttentionLayer) -> Result:
     if not parts:
         return empty_state(0, layer.num_q_heads, layer.v_head_dim, device=q.device)
     lses = [lse for _, lse in parts if lse is not None]
-    return torch.cat([out.to(q.dtype) for out, _ in parts]), torch.cat(lses) if len(lses) == len(parts) else None
+    return torch.cat([out for out, _ in parts]), torch.cat(lses) if len(lses) == len(parts) else None
 
 
 def attend_ragged(
@@ -217,6 +216,8 @@ def _fused_elsewhere(q: Tensor) -> bool:
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer) -> Tensor:
     """Causal, the last query at the last key."""
+    from torch.nn.attention.bias import causal_lower_right  # two seconds: it imports torch's compiler
+
     bias = causal_lower_right(q.shape[0], k.shape[0])
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     out: Tensor = scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=layer.scale, enable_gqa=True)

@@ -43,7 +43,7 @@ class MixedStep:
         first = self.decode.attend(q[:n], layer, kv_cache, need_lse)
         second = self.extend.attend(q[n:], layer, kv_cache, need_lse)
         lse = None if first[1] is None or second[1] is None else torch.cat([first[1], second[1]])
-        return torch.cat([first[0].to(q.dtype), second[0].to(q.dtype)]), lse
+        return torch.cat([first[0], second[0]]), lse
 
 
 def check_step(batch: ForwardBatch) -> None:

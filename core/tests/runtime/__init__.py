@@ -1,0 +1,1 @@
+"""Tests of what runs: the contract's data, build and router, graphs, and torch_native."""
