@@ -17,6 +17,7 @@ from torch import Tensor
 
 from attn_ascend import operators as vendor
 from attn_ascend.attend import FusedAttention, Output, Wanted, attend, takes_tokens
+from attn_ascend.copies import in_place, readable, warn_of_copies
 from attn_ascend.graphs import GraphTasks
 from attn_ascend.keys import GivenKeys, PagedKeys
 from attn_ascend.latent import attend_latent
@@ -42,6 +43,7 @@ class AscendBackend(AttentionBackend):
         super().__init__(config, kv_cache)
         self.operators = vendor.load(kv_cache.device.type)
         check_cache(kv_cache)
+        warn_of_copies(kv_cache)
         self.graphs = GraphTasks(self.operators)
         self._checked: set[tuple[int, bool]] = set()
         self._graph_steps: dict[tuple[str, int, int], Step] = {}
@@ -82,15 +84,18 @@ class AscendBackend(AttentionBackend):
                 )
             write(self.operators, self.kv_cache, layer, k, v, step.slots)
         q = q.contiguous()
-        if layer.kind == "mla":
-            latent = self.kv_cache.k(layer.layer_id)
+        size, values = self.kv_cache.page_size, self.kv_cache.v(layer.layer_id)
+        if values is None:
+            step, (latent,) = readable(step, size, self.kv_cache.k(layer.layer_id))
             return _finish((attend_latent(self.operators, self._eager, q, latent, layer, step), None), False, out)
+        step, (key, value) = readable(step, size, self.kv_cache.k(layer.layer_id), values)
         if not self.operators.fused:
-            return _finish((attend_paged(self.operators, q, self.kv_cache, layer, step), None), False, out)
+            return _finish((attend_paged(self.operators, q, key, value, layer, step), None), False, out)
         fused = self._eager
         if step.graph is not None and self.graphs.capturing():
             fused = _Captured(self.graphs, step.graph)
-        return self._attend(fused, q, self._paged(layer, step), layer, step.lengths, return_lse=return_lse, out=out)
+        keys = PagedKeys(key.flatten(2), value.flatten(2), step.table, size)
+        return self._attend(fused, q, keys, layer, step.lengths, return_lse=return_lse, out=out)
 
     #: A decode is a step whose requests have one query each; the layouts find that out by themselves.
     forward_decode = forward_extend
@@ -137,6 +142,8 @@ class AscendBackend(AttentionBackend):
                 "NPU graphs of operators that have no graph form", accepted="MHA layers with the fused operator",
                 hint="plan with cuda_graph=True: it is refused there",
             )  # fmt: skip
+        if not in_place(self.kv_cache):
+            raise ConfigError("NPU graphs over a cache of strides", accepted="contiguous keys and values")
         pages = self.kv_cache.num_pages
         if self.config.max_context_len is not None:
             pages = min(pages, -(-self.config.max_context_len // self.kv_cache.page_size))
@@ -218,11 +225,6 @@ class AscendBackend(AttentionBackend):
             and takes_tokens(layer, paged=paged)
             and layer.v_head_dim <= 128
         )
-
-    def _paged(self, layer: AttentionLayer, step: Step) -> PagedKeys:
-        key, value = self.kv_cache.k(layer.layer_id), self.kv_cache.v(layer.layer_id)
-        assert value is not None, "an MHA layer has values"
-        return PagedKeys(key.flatten(2), value.flatten(2), step.table, self.kv_cache.page_size)
 
     def _check(self, layer: AttentionLayer, q: Tensor, tokens: int, return_lse: bool, *, paged: bool = True) -> None:
         if q.shape[0] != tokens:

@@ -16,6 +16,7 @@ from attn_core.runtime.layer import AttentionLayer
 from torch import Tensor
 
 from attn_ascend.attend import FusedAttention
+from attn_ascend.copies import named_pages, places
 from attn_ascend.operators import Operators
 from attn_ascend.sight import ALL_KEYS, CAUSAL, Sight
 from attn_ascend.step import Lengths, Run, Step, check_size
@@ -153,23 +154,16 @@ def _gathered(step: Step, run: Run, page_size: int) -> Gathered:
         return step.gathered[run.first]
     requests = range(run.first, run.last)
     counts = [-(-step.lengths.keys[b] // page_size) for b in requests]
-    rows = torch.tensor([b for b, count in zip(requests, counts, strict=True) for _ in range(count)])
-    columns = torch.tensor([i for count in counts for i in range(count)])
-    pages = step.table[rows.to(step.table.device), columns.to(step.table.device)].long()
     table: list[list[int]] = []
     lengths = Lengths([], [])
-    first_copy = 0
-    for b, count in zip(requests, counts, strict=True):
-        copies = list(range(first_copy, first_copy + count)) + [0] * (max(counts) - count)
+    for b, copies in zip(requests, places(counts), strict=True):
         for queries, keys in _pieces(run.queries, step.lengths.keys[b]):
             table.append(copies)
             lengths.queries.append(queries)
             lengths.keys.append(keys)
-        first_copy += count
     check_size(lengths.queries, lengths.keys)
-    step.gathered[run.first] = Gathered(
-        pages, torch.tensor(table, dtype=torch.int32, device=step.table.device), lengths
-    )
+    pages = named_pages(step.table, requests, counts)
+    step.gathered[run.first] = Gathered(pages, torch.tensor(table, dtype=torch.int32, device=pages.device), lengths)
     return step.gathered[run.first]
 
 

@@ -91,7 +91,7 @@ def _refused(field: str, wanted: object, have: str, hint: str | None = None, kin
 
 
 def check_cache(cache: KVCache) -> None:
-    """Raise ConfigError for a cache that the operators cannot read in place: they take no strides."""
+    """Raise ConfigError for a cache that the operators cannot read, copied or not."""
     if cache.page_size != PAGE_SIZE or cache.layout not in ("NHD", "MLA") or cache.dtype not in DTYPES:
         raise ConfigError(
             f"a cache of layout {cache.layout}, pages of {cache.page_size}, {cache.dtype}",
@@ -101,12 +101,6 @@ def check_cache(cache: KVCache) -> None:
         for tensor in (cache.k(layer_id), cache.v(layer_id)):
             if tensor is None:
                 continue
-            if not tensor.is_contiguous():
-                raise ConfigError(
-                    f"layer {layer_id}: a cache of strides {tensor.stride()}",
-                    accepted="contiguous keys and values: the operators read no strides",
-                    hint="give keys and values tensors of their own",
-                )
             if tensor.numel() > MAX_POOL:
                 raise ConfigError(
                     f"layer {layer_id}: a cache of {tensor.numel()} elements", accepted=f"at most {MAX_POOL} a tensor",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from attn_core.runtime.kv_cache import KVCache
 from attn_core.runtime.layer import AttentionLayer
 from torch import Tensor
 
@@ -11,11 +10,11 @@ from attn_ascend.operators import Operators
 from attn_ascend.step import Step
 
 
-def attend_paged(operators: Operators, q: Tensor, cache: KVCache, layer: AttentionLayer, step: Step) -> Tensor:
-    """out [T, Hq, D], causal; q is contiguous."""
+def attend_paged(
+    operators: Operators, q: Tensor, key: Tensor, value: Tensor, layer: AttentionLayer, step: Step
+) -> Tensor:
+    """out [T, Hq, D], causal, over key, value [pages, page_size, Hkv, D]; all contiguous."""
     out = q.new_empty(q.shape)
-    key, value = cache.k(layer.layer_id), cache.v(layer.layer_id)
-    assert value is not None, "an MHA layer has values"
     for run in step.lengths.runs():
         rows, requests = run.rows, expanded(step, run)
         for start in range(rows.start, rows.stop, MAX_ATB_REQUESTS):

@@ -12,6 +12,7 @@ from attn_core.runtime.batch import ForwardBatch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from attn_ascend.copies import Copies
     from attn_ascend.latent import Expanded, Gathered
 
 #: Requests that one call of the fused operator takes in the TND layout (elements of actual_seq_qlen).
@@ -69,8 +70,8 @@ class Lengths:
 class Step:
     """``plan_state`` of a batch: table [B, pages] int32 and slots [T] int32, contiguous; a captured step keeps them.
 
-    ``graph`` names the captured graph that this step belongs to, None in eager steps. ``expanded`` and ``gathered`` are
-    what the first MLA layer adds for those after it, by the first request of a run.
+    ``graph`` names the captured graph that this step belongs to, None in eager steps. ``expanded``, ``gathered``
+    (by the first request of a run) and ``copies`` are what the first layer that needs them adds for those after it.
     """
 
     lengths: Lengths
@@ -79,6 +80,7 @@ class Step:
     graph: tuple[str, int, int] | None = None
     expanded: dict[int, Expanded] = field(default_factory=dict)
     gathered: dict[int, Gathered] = field(default_factory=dict)
+    copies: Copies | None = None
 
 
 def step_of(batch: ForwardBatch) -> Step:

@@ -16,22 +16,23 @@ def write(
     """k [T, Hkv, Dk], v [T, Hkv, Dv] (None for MLA) to int32 ``slots`` [T] of a layer's pages; -1 is not written.
 
     ATB's operators skip negative slots. aclnn's takes none, so a row of -1 rewrites slot 0, which lies in the null
-    page, with what is there. Without either, the core's own write in plain torch does the same.
+    page, with what is there. Without either, or in a cache of strides, the core's own write in plain torch does it.
     """
     if k.shape[0] == 0:
         return
     key_cache, value_cache = cache.k(layer.layer_id), cache.v(layer.layer_id)
     k = k.to(cache.dtype).contiguous()
     if value_cache is None or v is None:
-        if operators.write_latent:
+        if operators.write_latent and key_cache.is_contiguous():
             operators.write_latent_cache(k, key_cache.unsqueeze(2), slots)
         else:
             cache.write(layer, slots, k, None)
         return
     v = v.to(cache.dtype).contiguous()
-    if operators.write:
+    contiguous = key_cache.is_contiguous() and value_cache.is_contiguous()
+    if operators.write and contiguous:
         operators.write_cache(k, v, key_cache, value_cache, slots)
-    elif operators.scatter:
+    elif operators.scatter and contiguous:
         skip = (slots < 0)[:, None, None]
         k, v = torch.where(skip, key_cache[0, 0], k), torch.where(skip, value_cache[0, 0], v)
         operators.scatter_cache(k, v, key_cache, value_cache, slots.clamp(min=0))
