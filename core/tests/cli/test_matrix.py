@@ -59,10 +59,32 @@ def document(**changes: Any) -> dict[str, Any]:
     ],
 )
 def test_a_cell(runs: list[Evidence], feature: str, state: str, level: str | None) -> None:
-    order = ["silicon", "isa-emulated", "contract-emulated", "compiled", "schema", "declared"]
-    (row,) = matrix([REF], sorted(runs, key=lambda each: order.index(each.level)))
+    (row,) = matrix([REF], runs)
     cell = row.features[feature]
-    assert (cell.state, cell.run and cell.run.level) == (state, level)
+    assert (cell.state, cell.runs[0].level if cell.runs else None) == (state, level)
+
+
+def test_every_device_of_the_strongest_level_is_named_and_no_weaker_one() -> None:
+    runs = [run(device="A", a="x", sliding_window="proved"), run(device="B", sliding_window="proved")]
+    (row,) = matrix([REF], [*runs, run("schema", device="C", sliding_window="proved")])
+    assert [each.device for each in row.features["sliding_window"].runs] == ["A", "B"]
+
+
+def test_a_failure_on_one_device_is_not_hidden_by_a_proof_on_another() -> None:
+    runs = [run(device="A", sliding_window="proved"), run(device="B", sliding_window="over_claimed")]
+    (row,) = matrix([REF], runs)
+    assert row.features["sliding_window"].state == "failed"
+    assert [each.device for each in row.features["sliding_window"].runs] == ["B"]
+
+
+def test_what_is_not_claimed_and_not_refused_has_failed() -> None:
+    (row,) = matrix([REF], [run(softcap="over_claimed")])
+    assert row.features["softcap"].state == "failed"
+
+
+def test_a_run_of_another_version_says_so() -> None:
+    older = run(sliding_window="proved")._replace(version="0.9")
+    assert "proved, silicon [1] of 0.9" in to_markdown(matrix([REF], [older]))
 
 
 def test_the_evidence_of_another_distribution_proves_nothing() -> None:
@@ -132,12 +154,8 @@ def test_a_plugin_may_ship_its_evidence(site: Site) -> None:
     (top / "evidence" / "chip").mkdir(parents=True)
     (top / "evidence" / "chip" / "good.json").write_text(json.dumps(document()))
     rows = {each["name"]: each for each in site.attn("matrix", "--format", "json").json["backends"]}
-    assert rows["good"]["features"]["sliding_window"] == {
-        "state": "proved",
-        "level": "silicon",
-        "device": "a chip",
-        "date": "2026-11-22",
-    }
+    proof = {"level": "silicon", "device": "a chip", "date": "2026-11-22", "version": "1.2.3"}
+    assert rows["good"]["features"]["sliding_window"] == {"state": "proved", "runs": [proof]}
     listed = {each["name"]: each for each in site.attn("list-backends", "--json").json["backends"]}
     assert listed["good"]["evidence"] == "silicon"
 

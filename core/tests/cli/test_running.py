@@ -150,3 +150,35 @@ def test_warmup_of_bad_input(attn: Attn, arguments: list[str], code: int, what: 
 def test_threads_are_those_of_the_environment(attn: Attn) -> None:
     attn("bench", "torch_native", "--shape", "decode bs1 kv1024", "--dtype", "float32", "--seconds", "0.01")
     assert torch.get_num_threads() == 1
+
+
+#: what a chosen plugin does when it is loaded -> what its user is told
+LOADING = {
+    "raises": ("raise RuntimeError('no luck today')", 4, "no luck today"),
+    "exits": ("import sys; sys.exit(0)", 4, "sys.exit"),
+    "lacks_a_module": ("import no_such_module_at_all", 4, "no_such_module_at_all"),
+    "lacks_its_class": ("Other = 1", 4, "Backend"),
+    "is_no_backend": ("Backend = dict", 4, "AttentionBackend"),
+    "other_torch": ("raise ImportError('x.so: undefined symbol: _ZN3c10')", 4, "undefined symbol"),
+    "fails_to_build": (BACKEND + "    def __init__(self, config, kv_cache): raise ValueError('too odd')", 4, "too odd"),
+}
+
+
+@pytest.mark.parametrize("name", LOADING)
+def test_a_chosen_plugin_that_cannot_be_loaded_is_a_typed_error(attn: Attn, site: Site, name: str) -> None:
+    code, exit_code, said = LOADING[name]
+    site.plugin(name, code=code)
+    done = attn("warmup", name, "--model", "llama-3.1-8b")
+    assert done.code == exit_code
+    assert "plugin_load_failed" in done.err
+    assert said in done.err
+    assert f"attn-{name.replace('_', '-')}" in done.err
+    assert "Traceback" not in done.err
+    assert done.out == ""
+
+
+def test_what_a_chosen_plugin_prints_is_no_data(attn: Attn, site: Site) -> None:
+    site.plugin("chatty", code="print('hello from a plugin')\n" + BACKEND)
+    done = attn("warmup", "chatty", "--model", "llama-3.1-8b")
+    assert done.code == 0
+    assert done.out == ""

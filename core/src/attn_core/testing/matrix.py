@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 from attn_core.planning.config import FEATURES
 from attn_core.planning.discovery import BackendRef
 from attn_core.planning.manifest import HEADLINE, headline
-from attn_core.testing.proof import Evidence
+from attn_core.testing.proof import LEVELS, Evidence
 
 #: Which outcomes of a run stand behind each headline flag; one that was proved is enough.
 _HEADLINE_FEATURES: Final[Mapping[str, tuple[str, ...]]] = {
@@ -25,20 +25,19 @@ State = Literal["proved", "claimed", "refused", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What is known of one feature of one backend: the state, and the run it rests on (None where there was none)."""
+    """What is known of one feature of one backend: the state, and the runs it rests on, of one level, newest first."""
 
     state: State
-    run: Evidence | None = None
+    runs: tuple[Evidence, ...] = ()
 
     def __str__(self) -> str:
-        if self.run is None:
-            return self.state
-        return f"{self.state}: {self.run.level}, {self.run.device}, {self.run.date}"
+        where = "; ".join(f"{run.device}, {run.date}" for run in self.runs)
+        return f"{self.state}: {self.runs[0].level}, {where}" if self.runs else self.state
 
-    def to_json(self) -> dict[str, str | None]:
+    def to_json(self) -> dict[str, Any]:
         """The same as JSON data."""
-        names = ("level", "device", "date")
-        return {"state": self.state, **{name: getattr(self.run, name, None) for name in names}}
+        names = ("level", "device", "date", "version")
+        return {"state": self.state, "runs": [{name: getattr(run, name) for name in names} for run in self.runs]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +52,11 @@ class Row:
 
 
 def matrix(refs: Iterable[BackendRef], runs: Iterable[Evidence]) -> list[Row]:
-    """A row for each backend, sorted by its listed name.
+    """A row for each backend, sorted by its listed name; ``runs`` as `read_evidence` sorts them.
 
-    A cell is `proved` (a run of the kit found the claim true), `claimed` (the manifest says so, no run has), `refused`
-    (the manifest does not claim it: a request for it is refused; with a run, the kit saw that it is) or `failed` (the
-    newest run at the strongest level contradicts the claim).
+    A cell is `proved` (runs of the kit found the claim true), `claimed` (the manifest says so, no run has), `refused`
+    (the manifest does not claim it, so a request for it is refused; with runs, the kit saw that it is) or `failed`
+    (a run contradicts the manifest). What the strongest level with anything to say has found is what counts.
     """
     runs = list(runs)
     return [_row(ref, [run for run in runs if run.backend == ref.name and run.dist == ref.dist]) for ref in refs]
@@ -74,14 +73,17 @@ def _row(ref: BackendRef, runs: list[Evidence]) -> Row:
 
 
 def _cell(claimed: bool, names: tuple[str, ...], runs: list[Evidence]) -> Cell:
-    for run in runs:
-        outcomes = {run.outcomes.get(name) for name in names}
-        if claimed and "over_claimed" in outcomes:
-            return Cell("failed", run)
-        if claimed and "proved" in outcomes:
-            return Cell("proved", run)
-        if not claimed and outcomes <= {"refused", "under_claimed"}:
-            return Cell("refused", run)
+    for level in LEVELS:
+        found = [(run, {run.outcomes.get(name) for name in names}) for run in runs if run.level == level]
+        failed = tuple(run for run, outcomes in found if "over_claimed" in outcomes)
+        if failed:
+            return Cell("failed", failed)
+        if claimed:
+            held = tuple(run for run, outcomes in found if "proved" in outcomes)
+        else:
+            held = tuple(run for run, outcomes in found if outcomes <= {"refused", "under_claimed"})
+        if held:
+            return Cell("proved" if claimed else "refused", held)
     return Cell("claimed" if claimed else "refused")
 
 
@@ -116,11 +118,15 @@ class _Notes:
     def __init__(self) -> None:
         self._numbers: dict[tuple[str, str, str], int] = {}
 
-    def mark(self, cell: Cell) -> str:
-        if cell.run is None:
+    def mark(self, cell: Cell, version: str) -> str:
+        """The cell in words, with the number of each run; a run of another version of the backend says so."""
+        if not cell.runs:
             return cell.state
-        key = (cell.run.level, cell.run.device, cell.run.date)
-        return f"{cell.state}, {cell.run.level} [{self._numbers.setdefault(key, len(self._numbers) + 1)}]"
+        return f"{cell.state}, {cell.runs[0].level} {' '.join(self._mark(run, version) for run in cell.runs)}"
+
+    def _mark(self, run: Evidence, version: str) -> str:
+        number = self._numbers.setdefault((run.level, run.device, run.date), len(self._numbers) + 1)
+        return f"[{number}]" if run.version == version else f"[{number}] of {run.version}"
 
     def lines(self) -> list[str]:
         return [f"[{number}] {level}: {device}, {date}" for (level, device, date), number in self._numbers.items()]
@@ -137,7 +143,9 @@ def _markdown_table(rows: list[Row], columns: Mapping[str, tuple[str, str]], not
     """Backends across, what is claimed down: there are few backends and many features."""
     lines = ["| | " + " | ".join(f"`{row.backend}`" for row in rows) + " |", "|---|" + "---|" * len(rows)]
     for key, (text, field) in columns.items():
-        lines.append(f"| {text} | " + " | ".join(notes.mark(getattr(row, field)[key]) for row in rows) + " |")
+        lines.append(
+            f"| {text} | " + " | ".join(notes.mark(getattr(row, field)[key], row.version) for row in rows) + " |"
+        )
     return "\n".join(lines)
 
 
@@ -166,10 +174,8 @@ def to_html(rows: Iterable[Row]) -> str:
 def _html_cell(cell: Cell) -> str:
     import html
 
-    where = (
-        f"<br><small>{html.escape(f'{cell.run.level}, {cell.run.device}, {cell.run.date}')}</small>" if cell.run else ""
-    )
-    return f'<td class="{cell.state}">{cell.state}{where}</td>'
+    where = "<br>".join(html.escape(f"{run.level}, {run.device}, {run.date}, {run.version}") for run in cell.runs)
+    return f'<td class="{cell.state}">{cell.state}{f"<br><small>{where}</small>" if where else ""}</td>'
 
 
 _PAGE: Final = """<!doctype html>
