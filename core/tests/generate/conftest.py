@@ -102,6 +102,16 @@ class Driver:
         backend = Forgetful(config, self.cache, **self.forget)
         self.paged = PagedModel(self.model.to(self.device), config, backend)
 
+    def batch(
+        self, mode: ForwardMode, query_lens: list[int], seq_lens: list[int], pages: list[list[int]], **more: Any
+    ) -> tuple[Tensor, ForwardBatch]:
+        """A batch, and as many tokens as it has slots."""
+        batch = ForwardBatch.build(
+            mode, query_lens=query_lens, seq_lens=seq_lens, pages=pages, page_size=self.page_size, device=self.device,
+            **more,
+        )  # fmt: skip
+        return torch.arange(5, 5 + batch.num_tokens, device=self.device), batch
+
     def pages(self, num_tokens: int) -> list[int]:
         return [self._free.pop() for _ in range(-(-num_tokens // self.page_size))]
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 import transformers as hf
 from attn_core.errors import BatchError, ConfigError
+from attn_core.generate.model import check_served
 from attn_core.planning.config import AttentionConfig
+from attn_core.runtime.batch import ForwardMode, TreeMask
 from attn_core.runtime.layer import AttentionLayer
 from torch import Tensor
 
@@ -367,3 +369,81 @@ def test_an_unknown_argument_of_attention_is_refused(driver: Any) -> None:
     drive = driver(model, config_of(model))
     with pytest.raises(ConfigError, match="indices"):
         drive.run([[5, 6, 7]], [[3]], inputs={"indices": torch.zeros(1)})
+
+
+def test_a_tree_of_drafts_has_the_logits_of_each_of_its_branches(driver: Any) -> None:
+    """Verify with a tree: a token's position is the prefix and its ancestors, and it sees only those."""
+    model = MODELS["qwen3"]()
+    prompt, tree = [5, 6, 7, 8, 9], [(10, -1), (11, 0), (12, 0), (13, 2)]
+    wanted = eager(model, [[*prompt, 10, 11], [*prompt, 10, 12, 13]])
+    config = config_of(model).replace(speculative_num_draft_tokens=4, speculative_eagle_topk=2)
+    drive = driver(model, config)
+    pages = drive.pages(16)
+    tokens, extend = drive.batch(ForwardMode.EXTEND, [5], [5], [pages])
+    drive.paged.forward(torch.tensor(prompt, device=tokens.device), extend)
+    _, verify = drive.batch(ForwardMode.TARGET_VERIFY, [4], [9], [pages])
+    verify.tree = TreeMask.from_parents(torch.tensor([[parent for _, parent in tree]], device=tokens.device))
+    got = drive.paged.forward(torch.tensor([t for t, _ in tree], device=tokens.device), verify).cpu()
+    branches = [got[[0, 1]], got[[0, 2, 3]]]
+    assert distance(branches, [wanted[0][5:], wanted[1][5:]]) < TOLERANCE
+
+
+MEANINGLESS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "fewer tokens than slots": ("llama", {"query": [3], "tokens": 2}, "for 3 slots"),
+    "an encoder without cross layers": ("llama", {"query": [3], "encoder_seq_lens": [4]}, "without cross layers"),
+    "spans that were not planned": ("llama", {"query": [3], "spans": [[(0, 2)]]}, "without bidirectional_spans"),
+}
+
+
+@pytest.mark.parametrize("what", MEANINGLESS)
+def test_a_batch_that_the_model_cannot_mean_is_refused(what: str, driver: Any) -> None:
+    name, given, message = MEANINGLESS[what]
+    model = MODELS[name]()
+    drive = driver(model, config_of(model))
+    more = {key: value for key, value in given.items() if key not in ("query", "tokens")}
+    if "encoder_seq_lens" in more:
+        more["encoder_pages"] = [drive.pages(4)]
+    tokens, batch = drive.batch(ForwardMode.EXTEND, given["query"], given["query"], [drive.pages(8)], **more)
+    with pytest.raises(BatchError, match=message):
+        drive.paged.forward(tokens[: given.get("tokens")], batch)
+
+
+def test_the_modules_without_a_batch_are_refused(driver: Any) -> None:
+    model = MODELS["llama"]()
+    driver(model, config_of(model))
+    with pytest.raises(BatchError, match="called without a batch"):
+        model(input_ids=torch.tensor([[5, 6]], device=model.device))
+
+
+def test_a_latent_projection_that_is_no_linear_layer_is_refused(driver: Any) -> None:
+    model = MODELS["deepseek_v3"]()
+    attention = model.model.layers[0].self_attn
+    attention.kv_b_proj = torch.nn.Linear(24, 4 * 32, bias=True)
+    with pytest.raises(ConfigError, match="kv_b_proj"):
+        driver(model, config_of(model)).run([[5, 6, 7]], [[3]])
+
+
+@pytest.mark.parametrize("window", [512, 4096])
+def test_a_window_that_no_sequence_outgrows_is_none(window: int, driver: Any, sequences: list[list[int]]) -> None:
+    """max_position_embeddings is 512: planned with any window from there on, the code may ask for another or none."""
+    model = MODELS["llama"]()
+    wanted = eager(model, sequences)
+    config = changed(config_of(model), sliding_window=window)
+    assert distance(driver(model, config).run(sequences, [[25, 11, 17]]), wanted) < TOLERANCE
+
+
+def test_without_a_context_length_windows_must_be_equal(driver: Any) -> None:
+    model = MODELS["mistral"]()
+    config = config_of(model).replace(max_context_len=None)
+    assert driver(model, config).run([[5, 6, 7]], [[3]])
+    with pytest.raises(ConfigError, match="sliding_window 8, the plan has None"):
+        driver(model, changed(config, sliding_window=None)).run([[5, 6, 7]], [[3]])
+
+
+@pytest.mark.parametrize(
+    ("config", "has_cross", "message"),
+    [(hf.WhisperConfig(), False, "encoder-decoder"), (hf.LlamaConfig(**BASE), True, "cross layers of llama")],
+)
+def test_architectures_that_are_not_served(config: Any, has_cross: bool, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_served(config, has_cross=has_cross)

@@ -99,6 +99,24 @@ def test_a_seed_repeats_what_a_temperature_draws(attn: Attn) -> None:
     assert draw("--seed", "1", "--top-p", "0.000001") == draw("--temperature", "0")
 
 
+def test_prompts_of_many_steps_say_how_far_they_are(attn: Attn) -> None:
+    result = attn("x" * 100, *SHORT, "--max-batch-tokens", "20", "--max-requests", "1")
+    assert "reading the prompts (tokens)" in result.err
+    assert "reading the prompts" not in attn("x" * 100, *SHORT).err
+
+
+def test_guesses_are_counted_at_the_end(attn: Attn) -> None:
+    err = attn("ab ab ab", "--max-new-tokens", "40", "--speculative-num-draft-tokens", "4").err
+    assert "verify: torch_native" in err
+    assert "guessed tokens were right" in err
+
+
+def test_a_full_cache_is_said(attn: Attn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attn_core.generate.session.num_pages", lambda *_args: 1 + 10)
+    args = ("one", "two", "three", "--max-new-tokens", "30", "--page-size", "4", "--max-requests", "3")
+    assert "times a request gave its pages back" in attn(*args).err
+
+
 def test_a_chat_template_is_used_unless_raw(attn: Attn, tiny_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "chat"
     shutil.copytree(tiny_folder, folder)

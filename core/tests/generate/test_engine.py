@@ -96,6 +96,15 @@ def test_graphs_change_no_token_and_replay_at_every_size(tiny_folder: Path, monk
     assert session.witness.by_phase()["decode"] == ("other",)
 
 
+def test_a_model_that_cannot_be_captured_is_refused(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait(*_args: Any, **_kwargs: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr("attn_core.generate.model.PagedModel.run", wait)
+    with pytest.raises(ConfigError, match="cannot be captured: operation not permitted"):
+        serve(tiny_folder, backends={"prefill": "other", "decode": "other"}, cuda_graph=True)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graphs"])
 def test_a_gpu_gives_the_tokens_of_the_cpu(graph: bool, tiny_folder: Path) -> None:

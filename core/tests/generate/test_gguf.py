@@ -210,6 +210,13 @@ def test_a_truncated_file_is_refused(kept: int, tmp_path: Path, folder: Path) ->
         convert(source, folder, silent)
 
 
+def test_a_file_without_tensors_is_refused(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "gguf_tensors", lambda _model: {})
+    source = write_gguf(tmp_path / "tiny.gguf", tiny_model())
+    with pytest.raises(ModelFolderError, match="its 0 tensors"):
+        convert(source, folder, silent)
+
+
 def test_a_file_of_something_else_is_refused(tmp_path: Path, folder: Path) -> None:
     source = tmp_path / "text.gguf"
     source.write_text("not a model" * 100)

@@ -158,6 +158,12 @@ def test_without_the_demo_package_the_hint_says_what_to_install(monkeypatch: pyt
         demo_gguf()
 
 
+def test_a_demo_package_without_its_file_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "DEMO_DIST", "pytest")
+    with pytest.raises(ModelFolderError, match="installed without a GGUF file"):
+        demo_gguf()
+
+
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelFolderError, match=r"no_such_package is not installed.*\n.*attn-core\[demo\]"):
         weights.require_packages("json", "no_such_package")
