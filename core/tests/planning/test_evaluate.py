@@ -311,6 +311,12 @@ def test_kinds_are_converted_to_a_native_size_that_all_of_them_have() -> None:
     assert codes(judge(made, config(MHA, small, page_size=4))) == ["page_size_unsupported", "page_size_unsupported"]
 
 
+def test_the_clause_of_a_kind_is_one_that_has_the_native_size() -> None:
+    made = manifest("one", clause(page_sizes=[32]), clause(page_sizes=[16], features=["sliding_window"]))
+    decision = judge(made, config(MHA, WINDOW, page_size=32))
+    assert (decision.native_page_size, decision.clauses) == (16, (1, 1))
+
+
 def test_ragged_layers_have_no_cache_to_judge_and_run_in_prefill_only() -> None:
     ragged = clause(page_sizes=None, kv_layouts=None, features=["ragged"], head_dims=[[72, 72]])
     wanted = config(MHA, TOWER, kv_cache_dtype="fp8_e4m3", page_size=16)

@@ -192,6 +192,11 @@ def test_what_cannot_run_here_at_all_does_not_fall_back() -> None:
         made(TRTLLM, FLASHINFER, system=HOPPER)
 
 
+def test_a_phase_that_it_lacks_does_not_hide_that_it_cannot_run_here() -> None:
+    with pytest.raises(BackendRefusedError, match="arch_mismatch"):
+        made(TRTLLM, FLASHINFER, system=HOPPER, backend={"prefill": "trtllm_mla"})
+
+
 def test_a_fallback_shares_the_cache_with_the_backend_that_was_named() -> None:
     assert made(TRTLLM, FLASHINFER).config.page_size == 64
     converted = made(mla("trtllm_mla", "decode", fallback=["x"], page_sizes=[64]), mla("x", page_sizes=[1]))

@@ -300,6 +300,16 @@ def test_equal_ranks_prefer_one_backend_for_all_phases() -> None:
     assert chosen(made(*items)) == {"prefill": "fa3", "decode": "fa3"}
 
 
+def test_of_two_choices_of_one_rank_the_one_with_fewer_backends_is_taken() -> None:
+    def fixed(name: str, prefill: int, decode: int) -> BackendRef:
+        sizes = {"prefill": prefill, "decode": decode}
+        return ref(name, *(clause(phases=[p], page_sizes=[n], kv_layouts=["HND"]) for p, n in sizes.items()))
+
+    # fa3 and triton fit each other one way round, flashinfer fits itself: 0 + 2 is 1 + 1
+    found = made(fixed("fa3", 16, 64), fixed("flashinfer", 32, 32), fixed("triton", 64, 16))
+    assert chosen(found) == {"prefill": "flashinfer", "decode": "flashinfer"}
+
+
 def test_no_pair_with_a_cache_in_common_is_no_plan_and_shows_both_sides() -> None:
     with pytest.raises(NoCommonCacheError) as caught:
         made(

@@ -105,7 +105,7 @@ class Board:
             )
             return replace(row, status="refused", reasons=(full,))
         if row.listed not in places:
-            return replace(row, note=f"not asked for: {chosen.why}")
+            return replace(row, note="not asked for")
         if places[row.listed] > places[chosen.ref.listed]:
             return replace(row, note=f"after {chosen.ref.listed}: {choices[places[row.listed]].why}")
         return self._without_a_cache(row, choices[places[row.listed]], joint)

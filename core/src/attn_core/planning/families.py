@@ -267,7 +267,7 @@ FAMILIES: Final[tuple[Family, ...]] = (
     _family("gpt_oss", "GptOssForCausalLM GptOssModel", _gpt_oss, defaults.GPT_OSS),
     _family("deepseek_v2", "DeepseekV2ForCausalLM DeepseekV2Model", _deepseek, defaults.DEEPSEEK_V2),
     _family("deepseek_v3", "DeepseekV3ForCausalLM DeepseekV3Model", _deepseek, defaults.DEEPSEEK_V3),
-    _family("kimi_k2", "KimiK2ForCausalLM", _deepseek, defaults.DEEPSEEK_V3),
+    _family("kimi_k2", "", _deepseek, defaults.DEEPSEEK_V3),
     _family("mllama", "MllamaForConditionalGeneration MllamaModel", _mllama, {}),
     _family("mllama_text_model", "MllamaForCausalLM MllamaTextModel", _mllama_text, defaults.MLLAMA_TEXT),
     _family("whisper", "WhisperForConditionalGeneration WhisperModel", _whisper, defaults.WHISPER),

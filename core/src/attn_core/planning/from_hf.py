@@ -21,6 +21,8 @@ def config_from_hf(source: Mapping[str, Any] | str | Path) -> AttentionConfig:
 
     Keys that are missing have the defaults of the transformers library. A config that names no dtype is float32, as
     transformers loads it. What an architecture does not have in common with the contract is refused, never dropped.
+    Towers whose attention the contract can express (SigLIP, Whisper's encoder) are ragged layers with no layer ids;
+    ``without_towers()`` of the result is for engines that run them by themselves.
     Raises ModelFolderError for a source that cannot be read, UnknownModelError for an architecture that is not known,
     ConfigError for a key with an impossible value, or one that asks for attention that the contract does not define.
     """
