@@ -8,6 +8,8 @@ DISTS   := core $(PLUGINS)
 
 #: targets that test a plugin in an environment of its own; a make.mk adds to it, and `make test` runs them all
 PLUGIN_TESTS :=
+#: test folders that only such a target runs, since what they import is in no other environment
+OWN_TESTS :=
 #: targets that fetch what the tests of a plugin need beside .venv; a make.mk adds to it, and `make pytest` runs them all
 PLUGIN_SETUP :=
 
@@ -62,7 +64,7 @@ test: setup lint check-docs $(PLUGIN_TESTS) pytest
 
 pytest: setup $(PLUGIN_SETUP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov --cov-report=term:skip-covered \
-		core/tests $(wildcard plugins/*/tests) tests
+		core/tests $(filter-out $(OWN_TESTS),$(wildcard plugins/*/tests)) tests
 
 # --- checks
 
