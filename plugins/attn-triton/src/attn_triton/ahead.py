@@ -16,6 +16,7 @@ from attn_core.runtime.kv_cache import KVCache
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from attn_triton.chip import Chip
 from attn_triton.launch import Launcher, Launchers
@@ -89,7 +90,8 @@ def compile_for(chip: Chip, launcher: Launcher, args: Sequence[Any], odd: frozen
     names = launcher.kernel.arg_names
     signature = dict.fromkeys(names, "constexpr") | {name: _type(arg) for name, arg in zip(names, args, strict=False)}
     attrs = {(i,): [["tt.divisibility", 16]] for i in sorted(launcher.specialised - odd)}
-    source = ASTSource(launcher.kernel, signature, launcher.constants, attrs)
+    kind = GluonASTSource if launcher.kernel.is_gluon() else ASTSource
+    source = kind(launcher.kernel, signature, launcher.constants, attrs)
     found = triton.compile(source, target=target(chip.arch), options=dict(launcher.options))
     result = Compiled(
         launcher.name, found.metadata.num_warps, found.metadata.shared, len(found.kernel), launcher.constants
@@ -120,6 +122,8 @@ def compile_config(config: AttentionConfig, arch: str) -> list[Compiled]:
 def _type(arg: Any) -> str:
     if isinstance(arg, Tensor):
         return "*" + _TYPES[arg.dtype]
+    if hasattr(arg, "block_shape"):  # a descriptor of the copy engine
+        return f"tensordesc<{_TYPES[arg.base.dtype]}{list(arg.block_shape)},{arg.layout!r}>"
     return "fp32" if isinstance(arg, float) else "i32"
 
 

@@ -131,7 +131,7 @@ class TritonBackend(AttentionBackend):
     def init_cuda_graph_state(self, max_batch_size: int, max_num_tokens: int) -> None:
         query_len = -(-max_num_tokens // max(1, max_batch_size))
         kinds = [bound.kind for bound in self._of_config()]
-        parts = max((self.decode.most_part_elements(kind, n) for kind in kinds for n in {1, query_len}), default=0)
+        parts = max((self.decode.partitions.most_part_elements(kind, n) for kind in kinds for n in {1, query_len}), default=0)
         self._graphs = GraphBuffers(self.config, self.kv_cache, max_batch_size, max_num_tokens, parts)
 
     def init_forward_metadata_capture_cuda_graph(self, batch: ForwardBatch) -> None:
@@ -139,7 +139,7 @@ class TritonBackend(AttentionBackend):
         step = self._shared().capture(batch, self.launchers)
         for bound in self._of_config():
             if by_split(step, bound.kind, invariant=self.config.batch_invariant):
-                self.decode.prepare(step, bound.kind)
+                self.decode.partitions.prepare(step, bound.kind)
         batch.plan_state = step
 
     def init_forward_metadata_replay_cuda_graph(self, batch: ForwardBatch) -> None:

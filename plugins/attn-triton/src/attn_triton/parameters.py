@@ -27,13 +27,16 @@ FORCED: Final[dict[str, Any]] = {}
 
 @dataclass(frozen=True, slots=True)
 class DecodeTile:
-    """``block_m`` rows and ``block_n`` keys a block; ``per_sm`` programs are resident on a multiprocessor."""
+    """``block_m`` rows and ``block_n`` keys a block; ``per_sm`` programs are resident on a multiprocessor; a request is
+    not cut into pieces of fewer than ``least_blocks``.
+    """
 
     block_m: int
     block_n: int
     warps: int
     stages: int
     per_sm: int
+    least_blocks: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from attn_triton.chip import Chip
 from attn_triton.geometry import Geometry
-from attn_triton.parameters import FORCED, DecodeTile, Load, decode_tile
+from attn_triton.parameters import FORCED, DecodeTile, Load
 
 #: What a turn of programs costs beside its keys, as a share of one whole request's time: starting, and its part of the
 #: merge.
@@ -36,7 +36,8 @@ class Cut:
 
 
 def cut_keys(
-    chip: Chip,
+    tile_of: Callable[[Load], DecodeTile],
+    multiprocessors: int,
     geometry: Geometry,
     *,
     batch: int,
@@ -52,15 +53,15 @@ def cut_keys(
     if window is not None:
         most_keys = min(most_keys, window + query_len - 1)
         lengths = None if lengths is None else [min(n, window + query_len - 1) for n in lengths]
-    probe = decode_tile(chip, geometry, rows, "few")
+    probe = tile_of("few")
     heads = geometry.num_kv_heads * -(-rows // probe.block_m)
     even = batch == 1 or (lengths is not None and max(lengths, default=0) * batch * 4 <= sum(lengths) * 5)
     if "cut" in FORCED:
         even = FORCED["cut"] == "fixed"
-    load: Load = "few" if batch * heads <= chip.multiprocessors else "many" if even or lengths is None else "mixed"
-    tile = decode_tile(chip, geometry, rows, load)
-    slots = chip.multiprocessors * tile.per_sm
-    splits = best_splits(batch * heads, slots, -(-most_keys // tile.block_n))
+    load: Load = "few" if batch * heads <= multiprocessors else "many" if even or lengths is None else "mixed"
+    tile = tile_of(load)
+    slots = multiprocessors * tile.per_sm
+    splits = best_splits(batch * heads, slots, -(-most_keys // tile.block_n) // tile.least_blocks)
     tiles = -(-rows // tile.block_m)
     if even:
         return Cut(tile, tiles, True, splits, batch * splits, 0)

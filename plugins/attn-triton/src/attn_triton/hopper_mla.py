@@ -1,0 +1,119 @@
+"""Binding the Gluon kernel of MLA decode: where it is taken, and its copy-engine descriptors."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor
+
+from attn_triton.chip import Chip
+from attn_triton.kinds import BoundLayer, Kind, value_scale
+from attn_triton.launch import Bound, Launchers
+from attn_triton.parameters import DecodeTile
+from attn_triton.step import Step
+
+if TYPE_CHECKING:
+    from attn_triton.partition import Partition
+
+#: What the kernel is written for: 64 rows, 64 keys, 8 + 4 warps, two tiles in flight; pieces of at least four tiles.
+TILE: Final = DecodeTile(block_m=64, block_n=64, warps=8, stages=2, per_sm=1, least_blocks=4)
+WIDTH, VALUE_WIDTH = 576, 512
+
+# Positions of the arguments that change from layer to layer.
+Q_NOPE, Q_ROPE, NOPE, ROPE, OUT, LSE = 0, 1, 2, 3, 7, 8
+OUT_TOKEN, OUT_HEAD, SCALE, V_SCALE = 15, 16, 18, 19
+
+
+def takes(chip: Chip, kind: Kind, step: Step | None) -> bool:
+    """Whether the kernel computes layers of ``kind`` in ``step`` (None: in some step). Everything else is the plain kernel's."""
+    g = kind.geometry
+    fits = (
+        g.values_in_keys
+        and (g.qk_dim, g.v_dim) == (WIDTH, VALUE_WIDTH)
+        and g.dtype in (torch.bfloat16, torch.float16)
+        and g.kv_dtype == g.dtype
+        and g.page_size % 64 == 0
+        and (g.k.token, g.k.page) == (WIDTH, WIDTH * g.page_size)
+    )
+    plain = kind.window is None and not kind.has_cap and kind.sinks is None and not kind.cross
+    return fits and plain and chip.sm == 90 and (step is None or step.tree is None) and available()
+
+
+@functools.cache
+def available() -> bool:
+    """Whether this Triton has the Gluon that the kernel is written in."""
+    try:
+        from attn_triton.kernels import gluon_mla  # noqa: F401
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+@dataclass(slots=True, eq=False)
+class BoundMla:
+    """The kernel for one kind of layers in one step, ready to launch."""
+
+    attend: Bound
+    grid: int
+    pools: dict[int, tuple[Any, Any]]
+
+    def run(self, q: Tensor, out: Tensor, lse: Tensor | None, bound: BoundLayer, scale: tuple[float, float]) -> None:
+        """Whole rows into out and lse, parts into the workspace."""
+        attend = self.attend
+        pool = self.pools.get(bound.layer.layer_id)
+        if pool is None:
+            pool = self.pools[bound.layer.layer_id] = boxes(bound.k_pool)
+        attend.values[Q_NOPE], attend.values[Q_ROPE] = boxes(q)
+        attend.values[NOPE], attend.values[ROPE] = pool
+        attend.put(OUT, out)
+        if lse is not None:
+            attend.put(LSE, lse)
+        strides = out.stride()
+        attend.set(OUT_TOKEN, strides[0])
+        attend.set(OUT_HEAD, strides[1])
+        attend.set(SCALE, scale[0])
+        attend.set(V_SCALE, value_scale(bound.layer))
+        attend.launch(self.grid)
+
+
+def bind(
+    launchers: Launchers, step: Step, layer: BoundLayer, partition: Partition, q: Tensor, out: Tensor, lse: Tensor | None
+) -> BoundMla:
+    """What layers of the kind of ``layer`` launch in ``step``; the tensors give the dtypes."""
+    from attn_triton.kernels.gluon_mla import mla_kernel
+
+    geometry, cut, plan, keys = layer.kind.geometry, partition.cut, partition.plan, partition.keys
+    constants = {
+        "H": geometry.group, "TILES": cut.tiles, "PAGE": geometry.page_size, "FIXED": cut.fixed, "SINGLE": step.single,
+        "HAS_LSE": lse is not None, "NB": TILE.stages,
+    }  # fmt: skip
+    attend = Bound(
+        launchers.get(mla_kernel, constants, {"num_warps": TILE.warps}, (out.dtype, geometry.dtype)),
+        [
+            *boxes(q), *boxes(layer.k_pool), keys.pages, keys.lengths, step.starts, out,
+            partition.part_lse if lse is None else lse, partition.part_out, partition.part_lse, plan.line, plan.bounds,
+            plan.first, cut.splits, 0, 0, keys.pages.stride(0), 1.0, 1.0,
+        ],
+        moving=(OUT, LSE),
+    )  # fmt: skip
+    return BoundMla(attend, cut.groups * cut.tiles, {})
+
+
+def boxes(rows: Tensor) -> tuple[Any, Any]:
+    """Descriptors of rows [..., 576] in boxes of [64, 512] and [64, 64], as the copy engine takes them."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    flat = rows.reshape(-1, WIDTH)
+    layout = box_layout()
+    return tuple(TensorDescriptor(flat, list(flat.shape), [WIDTH, 1], [64, n], layout) for n in (VALUE_WIDTH, 64))
+
+
+@functools.cache
+def box_layout() -> Any:
+    """The layout of a 16-bit box in shared memory: 128-byte swizzle."""
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
