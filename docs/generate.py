@@ -62,6 +62,7 @@ CLAUSE_KEYS: Final = {
     "features": "of the closed set; absent: none",
     "max_group_size": "the most query heads for each KV head",
     "max_draft_tokens": "the most draft tokens of a verify step",
+    "quantizes_query": "true if the kernel also quantises queries where the cache is fp8, which costs accuracy",
 }
 
 
@@ -141,7 +142,7 @@ def protocol_page() -> Iterator[str]:
     yield f"{inspect.cleandoc(batch.ForwardBatch.__doc__ or '')}\n"
     yield from _table(("field", "type", "meaning"), list(_fields(batch.ForwardBatch)))
     yield "### Modes\n"
-    yield from _table(("mode", "", "new tokens"), [(n, "", m) for n, _, m in _members(batch.ForwardMode)])
+    yield from _table(("mode", "new tokens"), list(_members(batch.ForwardMode)))
     for each in (batch.TreeMask, layer.AttentionLayer, kv_cache.KVCache, config.AttentionConfig, config.LayerKind):
         yield f"## {each.__name__}\n"
         yield f"{inspect.cleandoc(each.__doc__ or '')}\n"
@@ -217,20 +218,26 @@ def _split_arguments(text: str) -> Iterator[str]:
 
 
 def _fields(cls: type) -> Iterator[tuple[str, str, str]]:
-    """(name, type, the ``#:`` comment above it or at its end) of each annotated field, in the order of the source."""
+    """(name, type, the ``#:`` comment above it or at its end) of each annotated field, in the order of the source.
+
+    A comment is about the fields that follow it without one of their own.
+    """
+    text = ""
     source = textwrap.dedent(inspect.getsource(cls))
     lines = source.splitlines()
     for node in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            yield f"`{node.target.id}`", f"`{ast.unparse(node.annotation)}`", _comment(lines, node.lineno)
+            text = _comment(lines, node.lineno) or text
+            yield f"`{node.target.id}`", f"`{ast.unparse(node.annotation)}`", text
 
 
-def _members(cls: type) -> Iterator[tuple[str, str, str]]:
+def _members(cls: type) -> Iterator[tuple[str, str]]:
+    """(name, the ``#:`` comment) of each member of an enumeration."""
     source = textwrap.dedent(inspect.getsource(cls))
     lines = source.splitlines()
     for node in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            yield f"`{node.targets[0].id}`", "", _comment(lines, node.lineno)
+            yield f"`{node.targets[0].id}`", _comment(lines, node.lineno)
 
 
 def _comment(lines: list[str], number: int) -> str:

@@ -78,6 +78,8 @@ def _words(clause: Clause) -> Iterator[str]:
         yield f"at most {clause.max_group_size} query heads for each KV head"
     if clause.max_draft_tokens is not None:
         yield f"at most {clause.max_draft_tokens} draft tokens"
+    if clause.quantizes_query:
+        yield "with an fp8 cache, queries and probabilities are rounded to fp8 as well"
     has = [name for name in FEATURES if name in clause.features]
     yield f"with {', '.join(has)}" if has else "with none of the optional features"
 
@@ -117,4 +119,5 @@ def _clause_json(clause: Clause) -> dict[str, Any]:
         "features": sorted(clause.features),
         "max_group_size": clause.max_group_size,
         "max_draft_tokens": clause.max_draft_tokens,
+        "quantizes_query": clause.quantizes_query,
     }

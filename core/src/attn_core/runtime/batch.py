@@ -77,6 +77,7 @@ class ForwardBatch:
     last ones of its sequence, so that its first new token stands at position ``seq_lens[b] - query_len[b]``.
     """
 
+    #: what the new tokens are
     mode: ForwardMode
     #: [B] int32: valid KV tokens after this step's tokens are written; the same meaning in every mode
     seq_lens: Tensor
@@ -92,6 +93,7 @@ class ForwardBatch:
     max_seq_len: int
     #: MIXED: how many requests at the front are decodes (one new token each)
     num_decodes: int = 0
+    #: the same two on the host; None where nobody made them (a backend that needs them says so in its manifest)
     seq_lens_cpu: Tensor | None = None
     query_start_loc_cpu: Tensor | None = None
     #: verify: the tree; None is a chain (each draft token sees those before it)
