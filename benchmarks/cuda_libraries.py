@@ -1,8 +1,8 @@
 """The CUDA libraries behind the contract, on a GPU: verified, timed beside direct calls, mixed, and their traps tried.
 
-    python benchmarks/cuda_libraries.py site FOLDER           metadata of the working tree's distributions
-    python benchmarks/cuda_libraries.py verify NAME --tier contract --out FOLDER --workers 4
-    python benchmarks/cuda_libraries.py traps mixed speed host --out FOLDER
+python benchmarks/cuda_libraries.py site FOLDER           metadata of the working tree's distributions
+python benchmarks/cuda_libraries.py verify NAME --tier contract --out FOLDER --workers 4
+python benchmarks/cuda_libraries.py traps mixed speed host --out FOLDER
 """
 
 from __future__ import annotations

@@ -1,36 +1,38 @@
 #!/usr/bin/env bash
-# Everything that needs the GPU, in calls of ten minutes; run in the repository's root with .gpu beside it and $OUT set.
-# usage: gpu.sh STAGE   (first: the ahead-of-time libraries, while FlashInfer's modules are built; second: the rest)
+# Everything that needs the GPU; run in the repository's root with $OUT set, on one machine that stays warm between calls.
+#   gpu.sh libraries    needs .gpu (pack.sh's packages): starts building FlashInfer's modules, verifies fa3 and flashmla
+#   gpu.sh flashinfer   needs .gpumod (modules built before, or nothing): verifies FlashInfer, then times everything
+# Modules that are built come back in $OUT/modules; put them into .gpumod for the next machine.
 set -u
-stage=$1; begun=$SECONDS; R=${R:-/tmp/attn-results}; S=${S:-/tmp/attn-gpu-site}; mkdir -p "$R" "$S"
-. .gpu/install.sh
-export PYTHONPATH="$(python3 benchmarks/cuda_libraries.py site "$S/ours"):$S/ours:$PYTHONPATH"
-nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | tee "$R/device.txt"
+stage=$1; begun=$SECONDS; R=${R:-/tmp/attn-results}; S=${S:-/tmp/attn-gpu-site}; NEW=/tmp/attn-modules; mkdir -p "$R" "$S"
+if [ "$stage" = libraries ]; then . .gpu/install.sh; cp .gpu/have_modules.txt /tmp/have_modules.txt 2>/dev/null || : > /tmp/have_modules.txt
+else  # unpacked by the call before
+  export PYTHONPATH=$S:$S/nvidia_cutlass_dsl/dsl_packages PYTHONUNBUFFERED=1 CUDA_HOME=${CUDA_HOME:-/usr/local/cuda}
+  export FLASHINFER_WORKSPACE_BASE=$S/jit FLASHINFER_CUDA_ARCH_LIST=9.0a
+fi
+export PYTHONPATH="$(python3 benchmarks/cuda_libraries.py site "$S/ours"):$S/ours:$PYTHONPATH" PYTHONWARNINGS=ignore
 left() { echo $(( ${LIMIT:-585} - (SECONDS - begun) )); }
-lib() { local limit=$1; shift; timeout "$limit" python3 benchmarks/cuda_libraries.py "$@" --out "$R" 2>&1 | tee -a "$R/log.txt"; }
-modules() { MAX_JOBS=${JOBS:-5} python3 plugins/attn-flashinfer/gpu/build_modules.py "$@" >> "$R/modules.txt" 2>&1; }
-bring() { tar -C "$R" -czf "$OUT/results.tgz" . ; ls -la "$OUT"; }
-ls .gpu/modules/*.tar.xz >/dev/null 2>&1 && modules --install .gpu/modules/*.tar.xz
+lib() { local limit=$1; shift; timeout "$limit" python3 benchmarks/cuda_libraries.py "$@" --out "$R" 2>&1 | grep -v "Assertion .-sizes" >> "$R/log-$stage.txt"; }
+build_modules="python3 plugins/attn-flashinfer/gpu/build_modules.py"
+bring() { tar -C "$R" -czf "$OUT/results.tgz" . ; echo "$(( SECONDS - begun )) s"; }
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | tee "$R/device.txt"
 case $stage in
-  first)
-    modules --out "$OUT/modules" --seconds 490 & builder=$!
-    lib 100 verify flashmla --workers 2
-    lib 200 verify fa3 --workers 3
-    bring
-    lib 90 speed --backends fa3,flashmla
-    lib 60 traps
-    lib 60 mixed
-    bring
-    [ "$(left)" -gt 70 ] && lib 60 verify flashinfer_mla --workers 2
-    wait $builder; tail -3 "$R/modules.txt"; bring ;;
-  second)
-    lib 100 host
-    lib 150 speed
-    bring
-    lib 150 verify flashinfer --workers 6
-    lib 100 verify flashinfer_mla --workers 6
-    bring
-    lib "$(( $(left) - 5 ))" verify fa3 --workers 6
-    bring ;;
+  libraries)
+    MAX_JOBS=5 setsid nohup $build_modules --out $NEW --seconds "${BUILD:-330}" --skip /tmp/have_modules.txt > "$R/modules.txt" 2>&1 &
+    lib 150 verify flashmla --tier numerics --workers 2 &
+    a=$!; lib 160 verify fa3 --tier numerics --workers 6 & b=$!; lib 90 traps & c=$!
+    wait $a $b $c; bring ;;
+  flashinfer)
+    ls .gpumod/*.tar.xz > /dev/null 2>&1 && $build_modules --install .gpumod/*.tar.xz
+    lib 100 verify flashinfer_mla --tier numerics --workers 4 & a=$!
+    lib 60 traps & b=$!; lib 80 mixed & c=$!
+    wait $a $b $c; bring
+    while ! grep -q "modules. done" "$R/modules.txt" && [ "$(left)" -gt 330 ]; do sleep 2; done; tail -2 "$R/modules.txt"
+    lib 90 speed; bring
+    lib 60 host; bring
+    lib "${VERIFY:-170}" verify flashinfer --tier numerics --workers 10; bring
+    [ "$(left)" -gt 60 ] && { lib 50 verify fa3 --tier stress --workers 8; }
+    mkdir -p "$OUT/modules"; cp $NEW/*.tar.xz "$OUT/modules/" 2>/dev/null; bring ;;
   *) echo "unknown stage $stage" >&2; exit 2 ;;
 esac
+tail -40 "$R/log-$stage.txt" | cut -c1-300

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 
 import torch
 from attn_core.errors import KernelError
@@ -20,26 +22,34 @@ LATENT = LayerKind(16, 1, 576, 512, kind="mla", scale=192**-0.5, layer_ids=(0,))
 
 
 def run_traps() -> list[dict[str, str]]:
-    """Every trap; a trap that raises is a finding too."""
-    found = []
-    for trap in (
-        fa3_build_refuses, fa3_softcap_raises, fa3_sinks_in_bfloat16, fa3_empty_rows, flashinfer_ignores_sinks,
-        flashinfer_window_keeps_one_more, flashinfer_lse_is_base_2, flashmla_needs_legacy, flashmla_empty_rows,
-    ):  # fmt: skip
-        try:
-            text = trap()
-        except Exception:
-            text = "RAISED " + traceback.format_exc(limit=3)
-        found.append({"trap": trap.__name__, "found": text})
-        print(f"[traps] {trap.__name__}: {text}", flush=True)
+    """Every trap in a process of its own, all at once: one that breaks the device breaks no other."""
+    context = get_context("spawn")
+    with ProcessPoolExecutor(len(TRAPS), mp_context=context, max_tasks_per_child=1) as executor:
+        futures = {trap.__name__: executor.submit(_try, trap.__name__) for trap in TRAPS}
+        found = []
+        for name, future in futures.items():
+            try:
+                text = future.result(timeout=150)
+            except Exception as error:
+                text = f"DIED {error!r}"
+            found.append({"trap": name, "found": text})
+            print(f"[traps] {name}: {text}", flush=True)
     return found
+
+
+def _try(name: str) -> str:
+    """What the trap of this name says; one that raises is a finding too."""
+    try:
+        return next(trap for trap in TRAPS if trap.__name__ == name)()
+    except Exception:
+        return "RAISED " + traceback.format_exc(limit=4)
 
 
 def _step(kind: LayerKind, lens: list[int], page: int, query: list[int] | None = None):
     torch.manual_seed(0)
     layout = "MLA" if kind.kind == "mla" else "NHD"
     config = AttentionConfig(layers=(kind,), page_size=page, kv_layout=layout, max_context_len=max(lens))
-    cache = KVCache.allocate(config, num_pages=64, device="cuda")
+    cache = KVCache.allocate(config, num_pages=256, device="cuda")
     cache.k(0).normal_()
     values = cache.v(0)
     if values is not None:
@@ -176,3 +186,16 @@ def flashmla_empty_rows() -> str:
     lens = torch.tensor([0, 64], dtype=torch.int32, device="cuda")
     out, lse = _flashmla(flash_mla.flash_mla_with_kvcache, lens=lens, is_fp8_kvcache=False, use_legacy=True)
     return f"expected +inf: lse {float(lse[0].max())}, out {float(out[0].float().abs().max())}"
+
+
+TRAPS = (
+    fa3_build_refuses,
+    fa3_softcap_raises,
+    fa3_sinks_in_bfloat16,
+    fa3_empty_rows,
+    flashinfer_ignores_sinks,
+    flashinfer_window_keeps_one_more,
+    flashinfer_lse_is_base_2,
+    flashmla_needs_legacy,
+    flashmla_empty_rows,
+)

@@ -78,7 +78,7 @@ def test_every_call_binds(fake: FakeFlashAttention, step: str, what: str) -> Non
 
 def record(backend: FA3Backend, seen: list[tuple[str, dict[str, object]]]) -> None:
     """Note the keyword arguments of each call of the library, as they are given."""
-    real = backend._library
+    real = backend._calls.library
 
     def forward(**arguments: object) -> object:
         seen.append(("fwd", arguments))
@@ -88,7 +88,7 @@ def record(backend: FA3Backend, seen: list[tuple[str, dict[str, object]]]) -> No
         seen.append(("get_scheduler_metadata", arguments))
         return real.schedule(**arguments)
 
-    backend._library = library.Library(forward, schedule, real.has_sinks)  # type: ignore[arg-type]
+    backend._calls.library = library.Library(forward, schedule, real.has_sinks)  # type: ignore[arg-type]
 
 
 def test_a_changed_signature_would_fail() -> None:

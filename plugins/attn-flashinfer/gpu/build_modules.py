@@ -1,7 +1,7 @@
 """Builds the FlashInfer modules that the kit's cases need, the most needed first, and packs them to be carried along.
 
-FlashInfer compiles a module for each dtype, cache dtype, head size, window on or off and soft cap on or off when it is
-first used, with nvcc. Built modules put into ``flashinfer/data/aot`` are loaded from there, on any machine of the same chip.
+FlashInfer compiles a module for each dtype, cache dtype, head size, window on or off and soft cap on or off, with nvcc,
+when first used. Built modules put into ``flashinfer/data/aot`` are loaded from there, by any machine of that chip.
 
     python build_modules.py --out FOLDER --seconds 500      build until then, pack what is finished
     python build_modules.py --install FILE...               unpack packs into the installed FlashInfer
@@ -28,6 +28,7 @@ from attn_core.planning.manifest import Manifest
 from attn_core.planning.system import System
 from attn_core.runtime.kv_cache import TORCH_DTYPES
 from attn_core.testing.generation import generate_cases
+from attn_flashinfer.choice import FA3_WIDTHS
 
 AOT = Path(flashinfer.__file__).parent / "data" / "aot"
 PACK_BYTES = 15 << 20
@@ -70,11 +71,12 @@ def needed() -> list[Module]:
         for kind in case.kinds:
             masked = bool(case.tree) or "spans" in case.options
             kv = "auto" if kind.ragged else case.kv_dtype
+            widths = (kind.qk_head_dim, kind.v_head_dim)
             fa3 = (
                 case.mode in ("extend", "mixed", "draft_extend", "ragged")
-                and not (kind.cross or masked or kind.softcap)
+                and not (kind.cross or masked or kind.softcap or kind.sliding_window)
                 and kv == "auto"
-                and (kind.qk_head_dim, kind.v_head_dim) in ((128, 128), (192, 128))
+                and widths in FA3_WIDTHS.get(TORCH_DTYPES[case.dtype], ())
             )
             windowed = kind.sliding_window is not None and not masked
             module = Module(
@@ -99,8 +101,8 @@ def place(name: str, library: Path) -> None:
     os.replace(folder / f"{name}.tmp", folder / f"{name}.so")
 
 
-def build(modules: list[Module], seconds: float, at_once: int) -> None:
-    """Build until the time is up; what is being built then is left behind."""
+def build(modules: list[Module], seconds: float, at_once: int, skip: frozenset[str]) -> None:
+    """Build until the time is up, the slowest first; what is being built then is left behind."""
     deadline = time.monotonic() + seconds
     say = threading.Lock()
 
@@ -108,7 +110,7 @@ def build(modules: list[Module], seconds: float, at_once: int) -> None:
         if time.monotonic() > deadline - 40:
             return
         spec = module.spec()
-        if spec.is_aot:
+        if spec.is_aot or spec.name in skip:
             return
         begun = time.monotonic()
         try:
@@ -121,16 +123,17 @@ def build(modules: list[Module], seconds: float, at_once: int) -> None:
             print(f"[modules] {time.monotonic() - (deadline - seconds):.0f} s: {tuple(module)} {text}", flush=True)
 
     executor = ThreadPoolExecutor(at_once)
-    futures = [executor.submit(one, module) for module in modules]
+    slowest_first = sorted(modules, key=lambda module: module.kernels != "fa3")
+    futures = [executor.submit(one, module) for module in slowest_first]
     while not all(future.done() for future in futures) and time.monotonic() < deadline:
         time.sleep(1)
     executor.shutdown(wait=False, cancel_futures=True)
 
 
-def pack(out: Path) -> None:
-    """All modules in AOT, in packs small enough to travel."""
+def pack(out: Path, skip: frozenset[str]) -> None:
+    """All modules in AOT but those to skip, in packs small enough to travel."""
     out.mkdir(parents=True, exist_ok=True)
-    libraries = sorted(AOT.glob("*/*.so"))
+    libraries = [path for path in sorted(AOT.glob("*/*.so")) if path.parent.name not in skip]
     number, archive = 0, None
     for library in libraries:
         path = out / f"modules-{number}.tar.xz"
@@ -152,6 +155,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=500)
     parser.add_argument("--at-once", type=int, default=3)
     parser.add_argument("--install", type=Path, nargs="*")
+    parser.add_argument("--skip", type=Path, help="names of modules that need not be built or packed, one a line")
     parser.add_argument("--list", action="store_true")
     given = parser.parse_args()
     for path in given.install or []:
@@ -161,8 +165,10 @@ def main() -> None:
         for module in needed():
             print("here " if module.spec().is_aot else "     ", *module)
     if given.out is not None:
-        build(needed(), given.seconds, given.at_once)
-        pack(given.out)
+        skip = frozenset(given.skip.read_text().split()) if given.skip else frozenset()
+        build(needed(), given.seconds, given.at_once, skip)
+        pack(given.out, skip)
+        print("[modules] done", flush=True)
         os._exit(0)  # without waiting for compilers that are still at it
 
 

@@ -275,7 +275,8 @@ def test_the_librarys_own_sinks_are_never_used(fake: FakeFlashInfer) -> None:
     ("mode", "kind", "kv", "masked", "kernels"),
     [
         (ForwardMode.EXTEND, {}, "auto", False, "fa3"),
-        (ForwardMode.MIXED, {"sliding_window": 9}, "auto", False, "fa3"),
+        (ForwardMode.MIXED, {}, "auto", False, "fa3"),
+        (ForwardMode.EXTEND, {"sliding_window": 9}, "auto", False, "fa2"),
         (ForwardMode.EXTEND, {"softcap": 3.0}, "auto", False, "fa2"),
         (ForwardMode.EXTEND, {}, "fp8_e4m3", False, "fa2"),
         (ForwardMode.EXTEND, {}, "auto", True, "fa2"),

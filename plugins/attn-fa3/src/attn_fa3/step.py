@@ -18,17 +18,21 @@ UNIFORM: Final = (ForwardMode.DECODE, ForwardMode.TARGET_VERIFY)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Keys:
-    """A set of cached keys: lens [B] int32, page_table [B, width] int32, and the longest that the table holds."""
+    """A set of cached keys: lens [B] int32, page_table [B, width] int32, and the longest that the table holds.
+
+    kind: "own", "encoder" or "prefix", for schedules of different keys are different.
+    """
 
     lens: Tensor
     page_table: Tensor
     max_len: int
+    kind: str
 
     @classmethod
-    def of(cls, lens: Tensor, page_table: Tensor, page_size: int, longest: int) -> Keys:
+    def of(cls, lens: Tensor, page_table: Tensor, page_size: int, longest: int, kind: str) -> Keys:
         """The columns of ``page_table`` that ``longest`` tokens need: the library sizes its work by the width."""
         columns = max(1, min(page_table.shape[1], -(-longest // page_size)))
-        return cls(lens, page_table[:, :columns], columns * page_size)
+        return cls(lens, page_table[:, :columns], columns * page_size, kind)
 
 
 class Shape(NamedTuple):
@@ -79,7 +83,7 @@ class Step:
     encoder_keys: Keys | None
     tree: TreeMask | None
     num_splits: int
-    schedules: Once[Tensor | None]
+    schedules: Once[Tensor]
     trees: Once[object]
 
     @classmethod
@@ -103,7 +107,7 @@ class Step:
             query_len=query_len,
             query_start_loc=batch.query_start_loc,
             max_query_len=batch.max_query_len,
-            keys=Keys.of(batch.seq_lens, batch.page_table, page_size, batch.max_seq_len),
+            keys=Keys.of(batch.seq_lens, batch.page_table, page_size, batch.max_seq_len, "own"),
             encoder_keys=_encoder_keys(batch, page_size),
             tree=batch.tree,
             num_splits=num_splits,
@@ -115,4 +119,4 @@ class Step:
 def _encoder_keys(batch: ForwardBatch, page_size: int) -> Keys | None:
     if batch.encoder_seq_lens is None or batch.encoder_page_table is None:
         return None
-    return Keys.of(batch.encoder_seq_lens, batch.encoder_page_table, page_size, batch.max_encoder_seq_len)
+    return Keys.of(batch.encoder_seq_lens, batch.encoder_page_table, page_size, batch.max_encoder_seq_len, "encoder")

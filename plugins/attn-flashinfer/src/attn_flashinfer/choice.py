@@ -8,10 +8,15 @@ from typing import Final, NamedTuple
 import torch
 from attn_core.planning.config import AttentionConfig, LayerKind
 from attn_core.runtime.batch import ForwardBatch, ForwardMode
+from attn_core.runtime.kv_cache import TORCH_DTYPES
 from attn_core.runtime.layer import AttentionLayer
 
-#: Head widths (qk, v) for which fa3 is used. It has 64 and 256 as well, but takes minutes to build for each.
-FA3_WIDTHS: Final = ((128, 128), (192, 128))
+#: Head widths (qk, v) for which fa3 is used, by dtype of the queries, without window and soft cap. fa3 takes minutes to
+#: build for each of them, so it is kept to where it is ahead and what models serve; elsewhere fa2 is right as well.
+FA3_WIDTHS: Final = {
+    torch.bfloat16: ((128, 128), (192, 128)),
+    torch.float16: ((192, 128),),
+}
 
 
 class LayerShape(NamedTuple):
@@ -60,18 +65,16 @@ def route(shape: LayerShape, batch: ForwardBatch, config: AttentionConfig, devic
         not masked
         and batch.mode is not ForwardMode.TARGET_VERIFY
         and config.kv_cache_dtype == "auto"
-        and takes_fa3(shape, device)
+        and takes_fa3(shape, TORCH_DTYPES[config.dtype], device)
     )
     return Route(decode=False, kernels="fa3" if fa3 else "fa2", masked=masked, causal=not masked)
 
 
-def takes_fa3(shape: LayerShape, device: torch.device) -> bool:
-    """Whether fa3 is the better choice for these widths on this chip."""
-    return (
-        (shape.qk_head_dim, shape.v_head_dim) in FA3_WIDTHS
-        and not shape.softcap
-        and compute_capability(device) == (9, 0)
-    )
+def takes_fa3(shape: LayerShape, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether fa3 is the better choice for a prefill of these layers on this chip."""
+    widths = (shape.qk_head_dim, shape.v_head_dim)
+    plain = shape.window is None and not shape.softcap
+    return plain and widths in FA3_WIDTHS.get(dtype, ()) and compute_capability(device) == (9, 0)
 
 
 @cache

@@ -7,9 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, Final
 
 from attn_core.errors import KernelError, PluginLoadError
+
+#: What the library's functions raise: its own checks, and those of its compiled modules.
+RAISED: Final = (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError, KeyError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,7 @@ def errors_of(what: str) -> Iterator[None]:
     """Whatever FlashInfer raises while it does ``what`` becomes a KernelError that keeps the cause."""
     try:
         yield
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError, KeyError) as error:
+    except RAISED as error:
         raise raised(error, what) from error
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from attn_core.errors import BatchError
 from attn_core.planning.config import AttentionConfig
@@ -13,9 +13,18 @@ from torch import Tensor
 
 from attn_flashinfer.choice import LayerShape
 from attn_flashinfer.graphs import GraphPlanner, GraphStep
-from attn_flashinfer.library import errors_of, load
+from attn_flashinfer.library import RAISED, load, raised
 from attn_flashinfer.ragged import RaggedForward, RaggedPlans, finish, nothing, writable
 from attn_flashinfer.step import Step, StepPlanner
+
+
+class BoundLayer(NamedTuple):
+    """What stays the same of a layer from step to step."""
+
+    layer: AttentionLayer
+    shape: LayerShape
+    pools: tuple[Tensor, Tensor]
+    scales: dict[str, float]
 
 
 class FlashInferBackend(RaggedForward):
@@ -34,7 +43,7 @@ class FlashInferBackend(RaggedForward):
         self._graphs: GraphPlanner | None = None
         self._shapes = list(dict.fromkeys(LayerShape.of(kind) for kind in config.cached_kinds))
         self._scaled = kv_cache.dtype in FP8_DTYPES
-        self._pools: dict[int, tuple[Tensor, Tensor]] = {}
+        self._bound: dict[int, BoundLayer] = {}
 
     # -- the step ------------------------------------------------------------------------------------------------------
 
@@ -99,11 +108,15 @@ class FlashInferBackend(RaggedForward):
                 self.kv_cache.write(layer, slots, k, v)
         if not q.shape[0]:
             return nothing(q, layer, return_lse)
-        wrapper = self._wrapper(LayerShape.of(layer), batch)
-        scales = {"k_scale": layer.k_scale, "v_scale": layer.v_scale} if self._scaled else {}
+        bound = self._bound.get(layer.layer_id)
+        if bound is None or bound.layer is not layer:
+            bound = self._bind(layer)
+        wrapper = self._wrapper(bound.shape, batch)
         wants_lse = return_lse or layer.sinks is not None
-        with errors_of(f"layer {layer.layer_id}"):
-            found = wrapper.run(q, self._pools_of(layer), out=writable(out), return_lse=wants_lse, **scales)
+        try:
+            found = wrapper.run(q, bound.pools, out=writable(out), return_lse=wants_lse, **bound.scales)
+        except RAISED as error:
+            raise raised(error, f"layer {layer.layer_id}") from error
         return finish(found, layer.sinks, return_lse, out)
 
     def _wrapper(self, shape: LayerShape, batch: ForwardBatch) -> Any:
@@ -119,10 +132,10 @@ class FlashInferBackend(RaggedForward):
             raise BatchError("a batch without metadata", hint="call init_forward_metadata first")
         return self._steps.wrapper(batch, step, shape)
 
-    def _pools_of(self, layer: AttentionLayer) -> tuple[Tensor, Tensor]:
-        found = self._pools.get(layer.layer_id)
-        if found is None:
-            v = self.kv_cache.v(layer.layer_id)
-            assert v is not None, "an MHA layer in a latent cache"
-            found = self._pools[layer.layer_id] = (self.kv_cache.k(layer.layer_id), v)
-        return found
+    def _bind(self, layer: AttentionLayer) -> BoundLayer:
+        v = self.kv_cache.v(layer.layer_id)
+        assert v is not None, "an MHA layer in a latent cache"
+        scales = {"k_scale": layer.k_scale, "v_scale": layer.v_scale} if self._scaled else {}
+        bound = BoundLayer(layer, LayerShape.of(layer), (self.kv_cache.k(layer.layer_id), v), scales)
+        self._bound[layer.layer_id] = bound
+        return bound

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from attn_core.errors import BatchError
@@ -13,12 +13,21 @@ from attn_core.runtime.layer import AttentionLayer
 from torch import Tensor
 
 from attn_flashinfer.choice import compute_capability
-from attn_flashinfer.library import errors_of, load
+from attn_flashinfer.library import RAISED, errors_of, load, raised
 from attn_flashinfer.mla_graphs import MLAGraphPlanner
 from attn_flashinfer.mla_plan import LatentShape, MLAStep, plan_latent
 from attn_flashinfer.page_indices import PageIndices, on_host
 from attn_flashinfer.ragged import RaggedForward, RaggedPlans, nothing, writable
 from attn_flashinfer.wrappers import WrapperPool, workspace
+
+
+class BoundLatent(NamedTuple):
+    """What stays the same of a layer from step to step: its shape, its latent and rotary pools, its scales."""
+
+    layer: AttentionLayer
+    shape: LatentShape
+    pools: tuple[Tensor, Tensor]
+    scales: dict[str, float]
 
 
 class FlashInferMLABackend(RaggedForward):
@@ -37,6 +46,7 @@ class FlashInferMLABackend(RaggedForward):
         cached = [kind for kind in config.cached_kinds if kind.kind == "mla"]
         self._shapes = list(dict.fromkeys(LatentShape.of(kind) for kind in cached))
         self._scaled = kv_cache.dtype in FP8_DTYPES
+        self._bound: dict[int, BoundLatent] = {}
 
     def init_forward_metadata(self, batch: ForwardBatch) -> None:
         if batch.mode is ForwardMode.IDLE or not batch.num_tokens:
@@ -115,31 +125,42 @@ class FlashInferMLABackend(RaggedForward):
             self.kv_cache.write(layer, batch.slot_mapping, k, v)
         if not q.shape[0]:
             return nothing(q, layer, return_lse)
-        shape = LatentShape.of(layer)
-        if not isinstance(batch.plan_state, MLAStep) or shape not in batch.plan_state.wrappers:
+        bound = self._bound.get(layer.layer_id)
+        if bound is None or bound.layer is not layer:
+            bound = self._bind(layer)
+        shape = bound.shape
+        step = batch.plan_state
+        if not isinstance(step, MLAStep) or shape not in step.wrappers:
             raise BatchError(
                 f"no plan for a layer of {shape}",
                 hint="name all layer kinds in the config, and call init_forward_metadata",
             )
-        wrapper = batch.plan_state.wrappers[shape]
         padded = shape.padded_heads != shape.num_heads
-        queries = torch.nn.functional.pad(q, (0, 0, 0, shape.padded_heads - shape.num_heads)) if padded else q
-        latent = self.kv_cache.k(layer.layer_id)
-        scales = {"ckv_scale": layer.k_scale, "kpe_scale": layer.k_scale} if self._scaled else {}
-        with errors_of(f"layer {layer.layer_id}"):
-            rows, lse = wrapper.run(
-                query=(queries[..., : shape.latent_dim], queries[..., shape.latent_dim :]),
-                kv_cache=(latent[..., : shape.latent_dim], latent[..., shape.latent_dim :]),
+        if padded:
+            q = torch.nn.functional.pad(q, (0, 0, 0, shape.padded_heads - shape.num_heads))
+        try:
+            rows, lse = step.wrappers[shape].run(
+                query=(q[..., : shape.latent_dim], q[..., shape.latent_dim :]),
+                kv_cache=bound.pools,
                 out=None if padded else writable(out),
                 return_lse=True,
                 return_lse_base_on_e=True,
-                **scales,
+                **bound.scales,
             )
-        rows, lse = rows[:, : shape.num_heads], lse[:, : shape.num_heads]
-        if out is not None and rows.data_ptr() != out.data_ptr():
-            out.copy_(rows)
-        rows = rows if out is None else out
+        except RAISED as error:
+            raise raised(error, f"layer {layer.layer_id}") from error
+        if padded:
+            rows, lse = rows[:, : shape.num_heads], lse[:, : shape.num_heads]
+        if out is not None and rows is not out:
+            rows = out.copy_(rows)
         return (rows, lse) if return_lse else rows
+
+    def _bind(self, layer: AttentionLayer) -> BoundLatent:
+        shape, latent = LatentShape.of(layer), self.kv_cache.k(layer.layer_id)
+        pools = (latent[..., : shape.latent_dim], latent[..., shape.latent_dim :])
+        scales = {"ckv_scale": layer.k_scale, "kpe_scale": layer.k_scale} if self._scaled else {}
+        bound = self._bound[layer.layer_id] = BoundLatent(layer, shape, pools, scales)
+        return bound
 
 
 def _refuse_trees(batch: ForwardBatch) -> None:

@@ -32,7 +32,7 @@ class RaggedPlans:
     def get(self, shape: LayerShape, dtype: torch.dtype, causal: bool, queries: Tensor, keys: Tensor) -> Any:
         """The wrapper, planned for these starts [B + 1]."""
         kind = (shape, dtype, causal)
-        kernels = "fa3" if takes_fa3(shape, self._device) else "fa2"
+        kernels = "fa3" if takes_fa3(shape, dtype, self._device) else "fa2"
         if kind not in self._wrappers:
             with errors_of("a new ragged wrapper"):
                 wrapper = load().ragged_wrapper(workspace(self._device), kv_layout="NHD", backend=kernels)

@@ -9,7 +9,6 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-import torch
 from attn_core.errors import PluginLoadError
 from attn_core.planning.config import AttentionConfig, Phase
 from attn_core.planning.reasons import Reason, reason
@@ -59,6 +58,11 @@ class FlashMLABackend(LatentDecodeBackend):
     def __init__(self, config: AttentionConfig, kv_cache: KVCache) -> None:
         super().__init__(config, kv_cache)
         self._library = load()
+        self._pools: dict[int, Tensor] = {}
+
+    def _new_schedule(self) -> Any:
+        """Empty: the first call fills it in."""
+        return self._library.new_schedule()[0]
 
     @classmethod
     def build_reasons(cls, config: AttentionConfig, phase: Phase) -> Sequence[Reason]:
@@ -74,19 +78,22 @@ class FlashMLABackend(LatentDecodeBackend):
     def attend(
         self, q: Tensor, layer: AttentionLayer, step: LatentStep, return_lse: bool, out: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        schedule = step.once(layer.num_q_heads, layer.layer_id, lambda: self._library.new_schedule()[0])
+        library = self._library
+        pool = self._pools.get(layer.layer_id)
+        if pool is None:
+            pool = self._pools[layer.layer_id] = self.kv_cache.k_nhd(layer.layer_id)
         try:
-            found, lse = self._library.decode(
+            found, lse = library.decode(
                 q,
-                self.kv_cache.k_nhd(layer.layer_id),
+                pool,
                 block_table=step.page_table,
                 cache_seqlens=step.seq_lens,
                 head_dim_v=layer.v_head_dim,
-                tile_scheduler_metadata=schedule,
+                tile_scheduler_metadata=step.once(layer.num_q_heads, layer.layer_id, self._new_schedule),
                 softmax_scale=layer.scale,
                 causal=step.query_len > 1,
                 is_fp8_kvcache=False,
-                **self._library.hopper,
+                **library.hopper,
             )
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
             raise raised(error, "FlashMLA", layer, "`attn verify flashmla` shows whether it works here") from error
@@ -94,6 +101,9 @@ class FlashMLABackend(LatentDecodeBackend):
 
 
 def _natural(lse: Tensor) -> Tensor:
-    """[B, H, S] as [B * S, H]; the library writes +inf for a row without keys, the contract says -inf."""
-    lse = lse.transpose(1, 2).flatten(0, 1)
-    return torch.where(lse == float("inf"), float("-inf"), lse)
+    """[B, H, S] as [B * S, H], one row after the other, with -inf for the +inf of a row without keys."""
+    batch, heads, queries = lse.shape
+    rows = lse.new_empty(batch, queries, heads)
+    rows.copy_(lse.transpose(1, 2))
+    rows.masked_fill_(rows == float("inf"), float("-inf"))
+    return rows.view(batch * queries, heads)

@@ -67,11 +67,10 @@ class LatentDecodeBackend(AttentionBackend):
             return (empty, q.new_empty(0, layer.num_q_heads, dtype=torch.float32)) if return_lse else empty
         step: LatentStep = batch.plan_state
         found, lse = self.attend(q.view(-1, step.query_len, *q.shape[1:]), layer, step, return_lse, out)
-        rows = found.flatten(0, 1)
-        if out is not None and rows.data_ptr() != out.data_ptr():
-            rows = out.copy_(rows)
-        elif out is not None:
-            rows = out
+        if out is None:
+            rows = found.view(q.shape[0], layer.num_q_heads, layer.v_head_dim)
+        else:
+            rows = out if found.data_ptr() == out.data_ptr() else out.copy_(found.flatten(0, 1))
         return (rows, lse) if lse is not None else rows
 
     def forward_extend(
