@@ -22,8 +22,9 @@ from attn_core.generate.decode_graphs import DecodeGraphs
 from attn_core.generate.engine import STEP_NAMES, Engine
 from attn_core.generate.model import PagedModel
 from attn_core.generate.page_pool import PagePool
+from attn_core.generate.request import Request
 from attn_core.generate.sampling import SamplingParams
-from attn_core.generate.scheduler import Request, Scheduler
+from attn_core.generate.scheduler import Scheduler
 from attn_core.generate.session import allocate, pick_device
 from attn_core.planning.config import AttentionConfig
 from attn_core.planning.plan import plan

@@ -77,6 +77,15 @@ def test_a_prompt_can_come_from_stdin(attn: Attn, monkeypatch: pytest.MonkeyPatc
     assert attn("-", *SHORT).out == attn("hello", *SHORT).out
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_bytes_that_are_no_text_are_refused(errors: str, attn: Attn, monkeypatch: pytest.MonkeyPatch) -> None:
+    stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8", errors=errors)
+    monkeypatch.setattr("sys.stdin", stdin)
+    result = attn("-", *SHORT)
+    assert (result.code, result.out) == (2, "")
+    assert "a prompt is no text" in result.err
+
+
 def test_json_says_what_was_asked_done_and_used(attn: Attn) -> None:
     document = attn("hello", "hello there, hello", *SHORT, "--json", "--page-size", "4").json
     assert (document["schema"], document["version"]) == ("attn/generate", 1)

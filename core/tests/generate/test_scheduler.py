@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from attn_core.errors import CacheFullError, ConfigError, RequestTooLongError
 from attn_core.generate.page_pool import PagePool
+from attn_core.generate.request import Request, Step
 from attn_core.generate.sampling import SamplingParams
-from attn_core.generate.scheduler import Request, Scheduler, Step
+from attn_core.generate.scheduler import Scheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from attn_core.generate.scheduler import Request
+from attn_core.generate.request import Request
 from attn_core.generate.session import Queue, ServingOptions, Session
+from attn_core.generate.weights import locate
 
 pytestmark = pytest.mark.xdist_group("smollm2")  # half a gigabyte of weights: loaded once
 
@@ -116,6 +117,7 @@ def test_one_slot_gives_the_same_tokens_one_after_the_other(serve: Any, eager_to
 
 def test_memory_and_start_of_the_whole_process(tmp_path: Path) -> None:
     """fp32 weights and a 64 MiB cache: less than 1.7 GB at most, less than 15 seconds of CPU to the first token."""
+    locate(None, silent)  # weights are converted already
     command = [sys.executable, "-m", "attn_core", "generate", PROMPTS[0], "--max-new-tokens", "1", "--cache-mib", "64"]
     output = tmp_path / "out.json"
     env = {**os.environ, "ATTN_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}

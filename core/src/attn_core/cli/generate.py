@@ -16,10 +16,11 @@ from attn_core.cli import INTERRUPTED
 from attn_core.cli.output import note, print_json
 from attn_core.cli.params import FALLBACK_HELP, MODEL, backend_options, chosen_backends, serving_options
 from attn_core.cli.progress import Progress
+from attn_core.errors import UsageError
 
 if TYPE_CHECKING:
     from attn_core.generate.engine import NewTokens
-    from attn_core.generate.scheduler import Request
+    from attn_core.generate.request import Request
     from attn_core.generate.session import Queue, Session
 
 
@@ -63,7 +64,7 @@ def command(
     """
     backends = chosen_backends(attention_backend, prefill_attention_backend, decode_attention_backend)
     sampling = {name: given.pop(name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
-    texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
+    texts = [_text(prompt) for prompt in prompts]
     began = time.perf_counter()
     with Progress() as progress:
         queue = _queue(given, backends, progress)
@@ -78,6 +79,19 @@ def command(
     else:
         note("\n".join(["", *lines(session, requests, loaded, finished=finished)]))
     return 0 if finished else INTERRUPTED
+
+
+def _text(prompt: str) -> str:
+    """The text of a prompt; "-" is what comes on stdin. Raises UsageError for bytes that are no text.
+
+    Python reports those on stdin, or hands them over as surrogates, as the locale has it.
+    """
+    try:
+        text = sys.stdin.read() if prompt == "-" else prompt
+        text.encode()
+    except UnicodeError as error:
+        raise UsageError(f"a prompt is no text: {error}", accepted="UTF-8") from None
+    return text
 
 
 def _queue(given: dict[str, Any], backends: Any, progress: Progress) -> Queue:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from attn_core.generate.decode_graphs import DecodeGraphs
 from attn_core.generate.model import PagedModel
+from attn_core.generate.request import Request, Step
 from attn_core.generate.sampling import Sampler
-from attn_core.generate.scheduler import Request, Scheduler, Step
+from attn_core.generate.scheduler import Scheduler
 from attn_core.runtime.batch import ForwardBatch, ForwardMode
 
 #: what a step of each mode is called in the figures at the end

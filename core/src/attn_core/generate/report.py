@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from attn_core.generate.engine import STEP_NAMES, StepFigures
-from attn_core.generate.scheduler import Request
+from attn_core.generate.request import Request
 from attn_core.generate.session import Session
 
 HEADER = ("step", "steps", "prompt tokens", "new tokens", "seconds", "tokens/s")

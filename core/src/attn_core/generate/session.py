@@ -17,8 +17,9 @@ from attn_core.generate.engine import Engine
 from attn_core.generate.loading import load_model, load_tokenizer, read_config, stop_ids
 from attn_core.generate.model import PagedModel, check_served
 from attn_core.generate.page_pool import PagePool
+from attn_core.generate.request import Request
 from attn_core.generate.sampling import SamplingParams
-from attn_core.generate.scheduler import Request, Scheduler
+from attn_core.generate.scheduler import Scheduler
 from attn_core.generate.weights import ModelFiles, Progress, locate
 from attn_core.planning.config import AttentionConfig, Phase
 from attn_core.planning.plan import FallbackPolicy, Plan, plan

@@ -105,9 +105,9 @@ def converted(source: Path, progress: Progress) -> ModelFiles:
     one is made anew. Several processes may do this at once: each writes a folder of its own and renames it into place.
     Raises ModelFolderError for a GGUF file that cannot be converted, and for a cache that cannot be written.
     """
+    require_packages("gguf", "numpy", "safetensors", "transformers")
     from attn_core.generate.gguf import sha256_of
 
-    require_packages("gguf", "safetensors", "transformers")
     digest = sha256_of(source)
     models = cache_root() / "models"
     folder = models / f"{source.stem}-{digest[:16]}"
