@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from attn_core.runtime.batch import TreeMask as TreeMask
     from attn_core.runtime.build import build as build
     from attn_core.runtime.build import settle as settle
+    from attn_core.runtime.graph_batch import GraphShape as GraphShape
     from attn_core.runtime.graphs import GraphRunner as GraphRunner
     from attn_core.runtime.kv_cache import KVCache as KVCache
     from attn_core.runtime.kv_cache import PageAllocator as PageAllocator
@@ -52,6 +53,7 @@ _HOMES: Final = {
     "ForwardBatch": "runtime.batch",
     "ForwardMode": "runtime.batch",
     "GraphRunner": "runtime.graphs",
+    "GraphShape": "runtime.graph_batch",
     "KVCache": "runtime.kv_cache",
     "LayerKind": "planning.config",
     "Manifest": "planning.manifest",

@@ -65,6 +65,7 @@ class PhaseRouter(AttentionBackend):
         if decode is extend and extend is not None:
             self._by_mode[ForwardMode.MIXED] = extend
         self._seen: dict[int, AttentionLayer] = {}
+        self._seen_ragged: dict[int, AttentionLayer] = {}
         self.cuda_graph_seq_len_fill_value = max(  # type: ignore[misc]
             (backend.cuda_graph_seq_len_fill_value for backend in self._graphed()), default=0
         )
@@ -150,7 +151,7 @@ class PhaseRouter(AttentionBackend):
     def forward_ragged(
         self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer, *, return_lse: bool = False, **options: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
-        if self._seen.get(layer.layer_id) is not layer:
+        if self._seen_ragged.get(layer.layer_id) is not layer:
             self._admit(layer, q, ragged=True)
         if return_lse and not self.config.lse:
             raise _unplanned_lse()
@@ -239,7 +240,7 @@ class PhaseRouter(AttentionBackend):
                 given=layer.layer_id,
                 hint="plan with the layer kinds that the model has",
             )
-        self._seen[layer.layer_id] = layer
+        (self._seen_ragged if ragged else self._seen)[layer.layer_id] = layer
 
     # -- graphs
 

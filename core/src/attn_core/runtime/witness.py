@@ -97,6 +97,8 @@ class Witness:
 
 
 _active: ContextVar[Witness | None] = ContextVar("attn_witness", default=None)
+#: The backend whose forward runs: what it calls of its own is the same sighting.
+_running: ContextVar[AttentionBackend | None] = ContextVar("attn_running", default=None)
 
 
 def _phases(batch: ForwardBatch | None, role: Role) -> tuple[Phase, ...]:
@@ -169,10 +171,15 @@ def _recording(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self: AttentionBackend, *args: Any, **kwargs: Any) -> Any:
         witness = _active.get()
-        if witness is not None:
-            batch = kwargs.get("batch", args[4] if len(args) > 4 else None)
-            witness.record(self, batch if isinstance(batch, ForwardBatch) else None)
-        return original(self, *args, **kwargs)
+        if witness is None or _running.get() is self:
+            return original(self, *args, **kwargs)
+        batch = kwargs.get("batch", args[4] if len(args) > 4 else None)
+        witness.record(self, batch if isinstance(batch, ForwardBatch) else None)
+        token = _running.set(self)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            _running.reset(token)
 
     return forward
 
