@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 from attn_core.cli import main
+from attn_core.errors import KernelError
+from attn_core.generate.engine import Engine
 
 
 @dataclass
@@ -343,6 +345,24 @@ def test_json_of_an_interrupted_run_says_so(attn: Attn, monkeypatch: pytest.Monk
     assert result.json["finished"] is False
     assert [len(request["tokens"]) for request in result.json["requests"]] == [5, 5]
     assert {request["finish_reason"] for request in result.json["requests"]} == {None}
+
+
+def test_a_kernel_that_fails_loses_no_text(attn: Attn, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = attn("first", "second", *LONG, "--json").json["requests"]
+    original, steps = Engine.step, iter(range(100))
+
+    def fail_in_the_end(engine: Engine) -> Any:
+        if next(steps) == 30:
+            raise KernelError("the card is gone")
+        return original(engine)
+
+    monkeypatch.setattr(Engine, "step", fail_in_the_end)
+    result = attn("first", "second", *LONG)
+    assert (result.code, "kernel_failed" in result.err) == (4, True)
+    first, second = result.out.removeprefix("==> 1 <==\n").split("\n\n==> 2 <==\n")
+    assert whole[0]["text"].startswith(first.rstrip("\ufffd"))
+    assert len(second) > 10
+    assert whole[1]["text"].startswith(second.removesuffix("\n").rstrip("\ufffd"))
 
 
 def test_ctrl_c_while_loading_ends_at_once(tiny_folder: Path) -> None:

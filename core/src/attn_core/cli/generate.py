@@ -60,7 +60,7 @@ def command(
     """Generate text after each PROMPT; "-" reads one from stdin. Without --temperature, the likeliest token each time.
 
     Several prompts run as one continuous batch, and those that begin alike share that part of the cache. The text is
-    on stdout; what ran it, and how fast, on stderr.
+    on stdout; what ran it, and how fast, on stderr. On a CPU the dtype is float32 unless --dtype says otherwise.
     """
     backends = chosen_backends(attention_backend, prefill_attention_backend, decode_attention_backend)
     sampling = {name: given.pop(name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
@@ -122,7 +122,7 @@ def _run(session: Session, requests: list[Request], progress: Progress, *, as_te
     from attn_core.generate.text_stream import OrderedOutput, TextStream
 
     streams = [TextStream(session.queue.decode) for _ in requests]
-    output = OrderedOutput(streams, _write if as_text else _drop, _heading(session.queue, requests))
+    output = OrderedOutput(streams, _write if as_text else _drop, _heading(len(requests)))
     prompt_tokens = sum(request.num_prompt_tokens for request in requests)
 
     def on_step(new: NewTokens) -> None:
@@ -137,15 +137,16 @@ def _run(session: Session, requests: list[Request], progress: Progress, *, as_te
             if request.finish_reason is not None:
                 output.finish(request.request_id)
 
-    with interruptible() as interrupted:
-        finished = session.engine.run(on_step, interrupted)
-    output.close()
-    return finished
+    try:
+        with interruptible() as interrupted:
+            return session.engine.run(on_step, interrupted)
+    finally:
+        output.close()  # whatever ended it: no text that was generated is lost
 
 
-def _heading(queue: Queue, requests: list[Request]) -> Callable[[int], str]:
-    """What stands above the text of request i: as of head and tail, and only if there are several."""
-    return lambda i: "" if len(requests) == 1 else f"{'' if i == 0 else chr(10)}==> {i + 1} <==\n"
+def _heading(count: int) -> Callable[[int], str]:
+    """What stands above the text of request i: as head and tail have it, and only if there are several."""
+    return lambda i: "" if count == 1 else ("\n" if i else "") + f"==> {i + 1} <==\n"
 
 
 def _write(text: str) -> None:
