@@ -13,6 +13,7 @@ def direct_call(name: str, work: Workload, backend: AttentionBackend) -> Callabl
     """The library's own function on the workload; ``backend`` has initialised the workload's batch."""
     return {
         "fa3": _fa3,
+        "fa4": _fa4,
         "flashinfer": _flashinfer,
         "flashinfer_mla": _flashinfer_mla,
         "flashmla": _flashmla,
@@ -38,6 +39,21 @@ def _fa3(work: Workload, backend: AttentionBackend) -> Callable[[], object]:
         )  # fmt: skip
 
     return call
+
+
+def _fa4(work: Workload, backend: AttentionBackend) -> Callable[[], object]:
+    from flash_attn.cute import flash_attn_varlen_func
+
+    step = work.batch.plan_state
+    k, v = work.cache.k_nhd(0), work.cache.v_nhd(0)
+    options: dict[str, object] = {"cu_seqlens_q": step.query_start_loc, "max_seqlen_q": step.max_query_len}
+    q = work.q
+    if step.query_len is not None:
+        q, options = q.unflatten(0, (step.batch_size, step.query_len)), {}
+    return lambda: flash_attn_varlen_func(
+        q, k, v, seqused_k=step.keys.lens, page_table=step.keys.page_table, softmax_scale=work.layer.scale, causal=True,
+        **options,
+    )  # fmt: skip
 
 
 def _flashinfer(work: Workload, backend: AttentionBackend) -> Callable[[], object]:

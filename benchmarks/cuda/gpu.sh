@@ -2,10 +2,12 @@
 # Everything that needs the GPU; run in the repository's root with $OUT set, on one machine that stays warm between calls.
 #   gpu.sh libraries    needs .gpu (pack.sh's packages): starts building FlashInfer's modules, verifies fa3 and flashmla
 #   gpu.sh flashinfer   needs .gpumod (modules built before, or nothing): verifies FlashInfer, then times everything
+#   gpu.sh fa4          needs .gpu4 (pack.sh OUT fa4), alone: verifies and times fa4
 # Modules that are built come back in $OUT/modules; put them into .gpumod for the next machine.
 set -u
 stage=$1; begun=$SECONDS; R=${R:-/tmp/attn-results}; S=${S:-/tmp/attn-gpu-site}; NEW=/tmp/attn-modules; mkdir -p "$R" "$S"
 if [ "$stage" = libraries ]; then . .gpu/install.sh; cp .gpu/have_modules.txt /tmp/have_modules.txt 2>/dev/null || : > /tmp/have_modules.txt
+elif [ "$stage" = fa4 ]; then . .gpu4/install.sh; export FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1
 else  # unpacked by the call before
   export PYTHONPATH=$S:$S/nvidia_cutlass_dsl/dsl_packages PYTHONUNBUFFERED=1 CUDA_HOME=${CUDA_HOME:-/usr/local/cuda}
   export FLASHINFER_WORKSPACE_BASE=$S/jit FLASHINFER_CUDA_ARCH_LIST=9.0a
@@ -33,6 +35,9 @@ case $stage in
     lib "${VERIFY:-170}" verify flashinfer --tier numerics --workers 10; bring
     [ "$(left)" -gt 60 ] && { lib 50 verify fa3 --tier stress --workers 8; }
     mkdir -p "$OUT/modules"; cp $NEW/*.tar.xz "$OUT/modules/" 2>/dev/null; bring ;;
+  fa4)
+    lib 60 speed --backends fa4; bring
+    lib "${VERIFY:-240}" verify fa4 --workers 14; bring ;;
   *) echo "unknown stage $stage" >&2; exit 2 ;;
 esac
 tail -40 "$R/log-$stage.txt" | cut -c1-300

@@ -24,9 +24,9 @@ from cuda.direct import direct_call
 
 DEVICE = torch.device("cuda")
 BACKENDS = {
-    "decode": ("fa3", "flashinfer"),
-    "mixed": ("fa3", "flashinfer"),
-    "extend": ("fa3", "flashinfer"),
+    "decode": ("fa3", "flashinfer", "fa4"),
+    "mixed": ("fa3", "flashinfer", "fa4"),
+    "extend": ("fa3", "flashinfer", "fa4"),
     "mla": ("flashmla", "flashinfer_mla"),
 }
 

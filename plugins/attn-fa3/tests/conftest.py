@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from attn_fa3 import library
+from attn_fa3 import fa4, library
 from fake_flash_attention import FakeFlashAttention
 
 
@@ -27,5 +27,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeFlashAttention]:
     for name, module in stand_in.modules().items():
         monkeypatch.setitem(sys.modules, name, module)
     library.load.cache_clear()
+    fa4.load.cache_clear()
     yield stand_in
     library.load.cache_clear()
+    fa4.load.cache_clear()

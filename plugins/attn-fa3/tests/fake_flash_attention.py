@@ -30,6 +30,7 @@ class FakeFlashAttention:
         self.flags = dict.fromkeys(FLAGS, False)
         self.calls: list[dict[str, object]] = []
         self.schedules: list[dict[str, object]] = []
+        self.varlen_calls: list[dict[str, object]] = []
         self.fail: Exception | None = None
         self.operators = SimpleNamespace(fwd=self._forward(), get_scheduler_metadata=self._schedule())
 
@@ -38,7 +39,42 @@ class FakeFlashAttention:
         interface, configuration = ModuleType("flash_attn_interface"), ModuleType("flash_attn_config")
         interface.flash_attn_3_gpu = self.operators  # type: ignore[attr-defined]
         configuration.CONFIG = {"build_flags": self.flags}  # type: ignore[attr-defined]
-        return {"flash_attn_interface": interface, "flash_attn_config": configuration}
+        package, cute = ModuleType("flash_attn"), ModuleType("flash_attn.cute")
+        cute.flash_attn_varlen_func = self._varlen()  # type: ignore[attr-defined]
+        package.cute = cute  # type: ignore[attr-defined]
+        return {
+            "flash_attn_interface": interface,
+            "flash_attn_config": configuration,
+            "flash_attn": package,
+            "flash_attn.cute": cute,
+        }
+
+    def _varlen(self):
+        """FlashAttention 4's one function: no ``out``, windows of None, sinks counted in the log-sum-exp."""
+
+        def flash_attn_varlen_func(
+            q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, seqused_k=None,
+            page_table=None, softmax_scale=None, causal=False, window_size=(None, None), learnable_sink=None,
+            softcap=0.0, num_splits=1, return_lse=False,
+        ):  # fmt: skip
+            self.varlen_calls.append(dict(locals()))
+            if self.fail is not None:
+                raise self.fail
+            assert num_splits == 1, "SplitKV not supported on SM 9.0"
+            assert page_table is None or cu_seqlens_k is None
+            left, right = (-1 if edge is None else edge for edge in window_size)
+            out, lse, *_ = self.operators.fwd(
+                q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
+                max_seqlen_k=max_seqlen_k, seqused_k=seqused_k, page_table=page_table, softmax_scale=softmax_scale,
+                is_causal=causal, window_size_left=left, window_size_right=right, softcap=softcap, num_splits=1,
+                sinks=None if learnable_sink is None else learnable_sink.bfloat16(),
+            )  # fmt: skip
+            if learnable_sink is not None:
+                heads = (slice(None), None) if lse.dim() == 2 else (None, slice(None), None)
+                lse = torch.logaddexp(lse, learnable_sink.float()[heads].expand_as(lse))
+            return out, lse if return_lse else None
+
+        return flash_attn_varlen_func
 
     def _forward(self):
         def fwd(
