@@ -198,7 +198,9 @@ def test_a_request_without_a_guess_goes_along_and_none_at_all_is_a_decode() -> N
     s, _ = decoding([7, 8, 9, 5, 7])
     s.add(request(1, 5))
     s.finish_step(s.schedule(), {0: [9], 1: [9999]})
-    assert s.schedule().drafts == [[5, 7, 8], [9999, 9999, 9999]]
+    step = s.schedule()
+    assert step.drafts == [[5, 7, 8], [9999, 9999, 9999]]
+    assert step.num_guesses == [3, 0]
     lonely = scheduler(num_draft_tokens=4)
     lonely.add(request(0, 5))
     lonely.finish_step(lonely.schedule(), {0: [9999]})

@@ -127,8 +127,8 @@ class Engine:
                 chosen.append(self._choose(request, logits[b, i], greedy[b][i]))
                 if chosen[-1] != draft or chosen[-1] in request.sampling.stop_ids:
                     break
-            self.figures.guessed += len(drafts)
-            self.figures.accepted += len(chosen) - 1
+            self.figures.guessed += step.num_guesses[b]
+            self.figures.accepted += min(len(chosen) - 1, step.num_guesses[b])
             room = request.sampling.max_new_tokens - len(request.generated)
             new.append((request, chosen[:room]))
         return new

@@ -50,6 +50,8 @@ class Step:
     query_lens: list[int] = field(default_factory=list)
     num_decodes: int = 0
     drafts: list[list[int]] = field(default_factory=list)
+    #: how many of each request's drafts are guesses: the rest only fill up
+    num_guesses: list[int] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

@@ -206,6 +206,7 @@ class Scheduler:
             request.pages += self.pool.take(count)
         # A request without a guess guesses its last token again: all have the same number.
         step.drafts = [g + [r.tokens[-1]] * (length - 1 - len(g)) for r, g in zip(requests, guesses, strict=True)]
+        step.num_guesses = [len(g) for g in guesses]
         step.query_lens = [length] * len(requests)
         step.num_decodes = 0
 
