@@ -109,7 +109,7 @@ def _plugin_check(ref: BackendRef, system: System, timeout: float) -> DoctorChec
     if problem is None:
         return _loaded_check(ref, who, outcome, "; ".join(in_words(each.to_json()) for each in reasons))
     if absent is not None:
-        return DoctorCheck(ref.listed, "warn", f"{who}: needs {absent.wanted}, found {absent.have}", absent.hint)
+        return DoctorCheck(ref.listed, "warn", f"{who}: {in_words(absent.to_json())}", absent.hint)
     if any(sign in problem for sign in _ABI_SIGNS):
         return DoctorCheck(
             ref.listed,

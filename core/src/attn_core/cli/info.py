@@ -71,7 +71,8 @@ def _words(clause: Clause) -> Iterator[str]:
     yield f"{_KINDS[clause.kind]} in {', '.join(clause.dtypes)}, head widths (keys/values) {clause.head_dims}"
     if clause.cached:
         cache = ", ".join("as the queries" if dtype == "auto" else dtype for dtype in clause.kv_dtypes)
-        yield f"cache: {cache}; pages of {clause.pages}; layout {' or '.join(clause.kv_layouts)}"
+        pages = "any size" if str(clause.pages) == "any" else str(clause.pages)
+        yield f"cache: {cache}; pages of {pages}; layout {' or '.join(clause.kv_layouts)}"
     else:
         yield "no cache: keys and values are given (ragged)"
     if clause.max_group_size is not None:

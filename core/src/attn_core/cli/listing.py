@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
-from attn_core.cli.output import note, print_json, print_table
+from attn_core.cli.output import for_a_person, note, print_json, print_table
 from attn_core.planning.discovery import BackendRef, Installed, discover
 from attn_core.planning.distributions import scan
 from attn_core.planning.filters import CORE_DISTRIBUTION
@@ -14,6 +14,8 @@ from attn_core.planning.reasons import availability
 from attn_core.planning.system import System, detect
 
 FLAGS: Final = frozenset({"--json", "--names", "--strict"})
+#: the headline flags where a column has to be narrow
+_SHORT: Final = dict(zip(HEADLINE, ("page>1", "spec", "MLA", "window", "media"), strict=True))
 #: exit code of --strict where something is broken or ambiguous
 BROKEN: Final = 4
 
@@ -87,28 +89,27 @@ def _problems(installed: Installed) -> list[dict[str, Any]]:
 
 
 def _print(entries: list[dict[str, Any]], installed: Installed) -> None:
-    headers = ("backend", "distribution", "usable here", *HEADLINE.values(), "evidence")
+    """A row for each entry point. What stands against it is its last column, or lines below the table for a person."""
+    headers = ("backend", "distribution", *HEADLINE.values(), "evidence", "usable here")
     rows = [
         (
             entry["name"],
             f"{entry['distribution']} {entry['version']}",
-            _usable(entry),
             *("yes" if has else "-" for has in entry["headline"].values()),
             entry["evidence"],
+            _usable(entry),
         )
         for entry in entries
     ]
-    rows += [
-        (
-            problem.listed,
-            f"{problem.dist} {problem.version}",
-            _cause(problem.code, problem.message),
-            *"-" * len(HEADLINE),
-            "-",
-        )
-        for problem in installed.problems
-    ]
-    print_table(headers, sorted(rows))
+    nothing = "-" * (len(HEADLINE) + 1)
+    rows += [(p.listed, f"{p.dist} {p.version}", *nothing, _cause(p.code, p.message)) for p in installed.problems]
+    rows.sort()
+    if for_a_person():
+        narrow = ("backend", "distribution", *_SHORT.values(), "evidence", "usable")
+        print_table(narrow, [(*row[:-1], row[-1].partition(":")[0]) for row in rows])
+        print("\n".join(f"{row[0]}: {row[-1]}" for row in rows if row[-1] != "yes"))
+    else:
+        print_table(headers, rows)
     for problem in installed.problems:
         if problem.hint and problem.code != "disabled":
             note(f"{problem.listed}: {problem.hint}")

@@ -50,8 +50,8 @@ def _print_rich(headers: Row, rows: Sequence[Row], title: str | None) -> None:
     from rich.text import Text
 
     table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
-    for header in headers:
-        table.add_column(header, overflow="fold")
+    for i, header in enumerate(headers):
+        table.add_column(header, overflow="fold", no_wrap=i == 0)  # names stay whole, to be copied
     for row in rows:
         table.add_row(*(Text(cell, style=_style(cell)) for cell in row))
     Console().print(table)
@@ -61,6 +61,6 @@ def _style(cell: str) -> str:
     """A colour for the words that carry a verdict; everything else stays as the terminal has it."""
     if cell in ("yes", "ok", "accepted", "proved") or cell.startswith("proved"):
         return "green"
-    if cell.startswith(("no:", "broken", "failed", "error")):
+    if cell.startswith(("no:", "broken", "fail", "error")) or cell == "no":
         return "red"
-    return "yellow" if cell.startswith(("warning", "claimed")) else ""
+    return "yellow" if cell.startswith(("warn", "claimed", "disabled")) else ""
