@@ -148,8 +148,9 @@ class AscendBackend(AttentionBackend):
         if self.config.max_context_len is not None:
             pages = min(pages, -(-self.config.max_context_len // self.kv_cache.page_size))
         device = self.kv_cache.device
-        self._table = torch.zeros(max_batch_size, pages, dtype=torch.int32, device=device)
-        self._slots = torch.full((max_num_tokens,), -1, dtype=torch.int32, device=device)
+        with torch.inference_mode(False):  # replays may come in another mode
+            self._table = torch.zeros(max_batch_size, pages, dtype=torch.int32, device=device)
+            self._slots = torch.full((max_num_tokens,), -1, dtype=torch.int32, device=device)
 
     def init_forward_metadata_capture_cuda_graph(self, batch: ForwardBatch) -> None:
         if self._table is None or self._slots is None:

@@ -57,4 +57,5 @@ def sight_of(causal: bool, window: int | None, lengths: Iterable[tuple[int, int]
 @cache
 def compressed_mask(device: torch.device) -> Tensor:
     """[2048, 2048] bool, 1 above the diagonal: what modes 2 to 4 want whatever the lengths; one a device."""
-    return torch.ones(_MASK_SIZE, _MASK_SIZE, dtype=torch.bool, device=device).triu(1)
+    with torch.inference_mode(False):  # it outlives the mode that its first user is in
+        return torch.ones(_MASK_SIZE, _MASK_SIZE, dtype=torch.bool, device=device).triu(1)

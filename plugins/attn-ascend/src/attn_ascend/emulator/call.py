@@ -163,8 +163,9 @@ def _check_mask(mask: Tensor) -> None:
         and mask.numel() == 2048**2
     )
     need(form, "mask_form", f"mask {mask.dtype} {tuple(mask.shape)}")
-    name = (mask.data_ptr(), mask._version)
-    if name not in _masks_seen:
+    # a tensor of inference mode has no version: it is looked at each time
+    name = (mask.data_ptr(), -1 if mask.is_inference() else mask._version)
+    if name not in _masks_seen or mask.is_inference():
         upper = torch.ones(2048, 2048, dtype=torch.bool).triu(1)
         need(bool(torch.equal(mask.reshape(2048, 2048).bool(), upper)), "mask_form", "a mask of another pattern")
         _masks_seen[name] = mask  # kept, so that its address stays its own
