@@ -2,7 +2,7 @@
 
 python benchmarks/cuda_libraries.py site FOLDER           metadata of the working tree's distributions
 python benchmarks/cuda_libraries.py verify NAME --tier contract --out FOLDER --workers 4
-python benchmarks/cuda_libraries.py traps mixed speed host --out FOLDER
+python benchmarks/cuda_libraries.py traps mixed models speed host --out FOLDER
 """
 
 from __future__ import annotations
@@ -56,10 +56,12 @@ def _run(what: str, given: argparse.Namespace) -> None:
         from cuda.traps import run_traps as run
     elif what == "mixed":
         from cuda.mixed_plans import run_mixed as run
+    elif what == "models":
+        from cuda.models import run_models as run
     elif what == "host":
         from cuda.speed import host_rows as run
     else:
-        raise SystemExit(f"{what!r}: one of site, verify, speed, traps, mixed, host")
+        raise SystemExit(f"{what!r}: one of site, verify, speed, traps, mixed, models, host")
     (given.out / f"{what}.json").write_text(json.dumps(run(), indent=1))
 
 

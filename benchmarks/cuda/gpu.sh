@@ -27,8 +27,8 @@ case $stage in
   flashinfer)
     ls .gpumod/*.tar.xz > /dev/null 2>&1 && $build_modules --install .gpumod/*.tar.xz
     lib 100 verify flashinfer_mla --tier numerics --workers 4 & a=$!
-    lib 60 traps & b=$!; lib 80 mixed & c=$!
-    wait $a $b $c; bring
+    lib 60 traps & b=$!; lib 80 mixed & c=$!; lib 90 models & d=$!
+    wait $a $b $c $d; bring
     while ! grep -q "modules. done" "$R/modules.txt" && [ "$(left)" -gt 330 ]; do sleep 2; done; tail -2 "$R/modules.txt"
     lib 90 speed; bring
     lib 60 host; bring
