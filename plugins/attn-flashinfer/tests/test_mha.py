@@ -295,3 +295,22 @@ def test_fa3_where_it_is_right_and_better(
     found = choice.route(choice.LayerShape.of(wide), batch, config, torch.device("cpu"))
     assert found.kernels == kernels
     assert found.masked == masked
+
+
+def test_warmup_plans_every_way_the_config_can_run(fake: FakeFlashInfer) -> None:
+    kinds = (KIND, replace(KIND, sliding_window=9), replace(KIND, cross=True), replace(KIND, ragged=True))
+    config = config_of(
+        *kinds, bidirectional_spans=True, speculative_num_draft_tokens=3, speculative_eagle_topk=2, page_size=1
+    )
+    FlashInferBackend(config, random_cache(config)).warmup(config)
+    seen = {
+        (name, a.get("packed_custom_mask") is not None, a.get("causal"), a["window_left"]) for name, a in fake.plans
+    }
+    assert ("Decode", False, None, -1) in seen
+    assert ("Decode", False, None, 8) in seen
+    assert ("Prefill", False, True, -1) in seen
+    assert ("Prefill", False, True, 8) in seen
+    assert ("Prefill", True, False, -1) in seen
+    assert ("Prefill", False, False, -1) in seen
+    assert ("Ragged", False, True, -1) in seen
+    assert not fake.runs

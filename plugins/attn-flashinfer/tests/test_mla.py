@@ -105,3 +105,10 @@ def test_trees_are_refused(fake: FakeFlashInfer) -> None:
     backend = FlashInferMLABackend(config, random_cache(config))
     with pytest.raises(BatchError, match="tree of drafts"):
         backend.init_forward_metadata(batch)
+
+
+def test_warmup_plans_decode_prefill_and_verify(fake: FakeFlashInfer) -> None:
+    config = config_of(speculative_num_draft_tokens=3)
+    FlashInferMLABackend(config, random_cache(config)).warmup(config)
+    assert {a["causal"] for _, a in fake.plans} == {True, False}
+    assert len(fake.plans) == 3

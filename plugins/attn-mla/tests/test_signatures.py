@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,3 +78,14 @@ def test_the_schedule_is_one_object_and_the_builds_halves_can_be_told_apart() ->
     interface = source(FLASH_MLA, "flash_mla/flash_mla_interface.py")
     assert "return FlashMLASchedMeta(), None" in interface
     assert "def has_legacy" in source(FLASH_MLA, "flash_mla/_loader.py")
+
+
+def test_the_committed_evidence_is_what_binding_gives(tmp_path: Path) -> None:
+    root = Path(__file__).parents[3]
+    tool = root / "plugins" / "attn-mla" / "tools" / "schema_evidence.py"
+    subprocess.run([sys.executable, tool, tmp_path], check=True, capture_output=True, timeout=120)
+    (written,) = tmp_path.rglob("trtllm_mla.json")
+    committed = root / "evidence" / written.relative_to(tmp_path)
+    found, kept = (json.loads(path.read_text()) for path in (written, committed))
+    assert {**found, "date": None} == {**kept, "date": None}
+    assert found["level"] == "schema"

@@ -16,6 +16,7 @@ from attn_flashinfer.graphs import GraphPlanner, GraphStep
 from attn_flashinfer.library import RAISED, load, raised
 from attn_flashinfer.ragged import RaggedForward, RaggedPlans, finish, nothing, writable
 from attn_flashinfer.step import Step, StepPlanner
+from attn_flashinfer.warmup import smallest_steps
 
 
 class BoundLayer(NamedTuple):
@@ -44,6 +45,12 @@ class FlashInferBackend(RaggedForward):
         self._shapes = list(dict.fromkeys(LayerShape.of(kind) for kind in config.cached_kinds))
         self._scaled = kv_cache.dtype in FP8_DTYPES
         self._bound: dict[int, BoundLayer] = {}
+
+    def warmup(self, config: AttentionConfig) -> None:
+        """Build or load every module that ``config`` needs: minutes, if FlashInfer has not compiled them yet."""
+        for batch in smallest_steps(config, self.kv_cache):
+            self.init_forward_metadata(batch)
+        self._warm_ragged(config)
 
     # -- the step ------------------------------------------------------------------------------------------------------
 

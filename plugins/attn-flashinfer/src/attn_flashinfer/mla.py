@@ -18,6 +18,7 @@ from attn_flashinfer.mla_graphs import MLAGraphPlanner
 from attn_flashinfer.mla_plan import LatentShape, MLAStep, plan_latent
 from attn_flashinfer.page_indices import PageIndices, on_host
 from attn_flashinfer.ragged import RaggedForward, RaggedPlans, nothing, writable
+from attn_flashinfer.warmup import smallest_steps
 from attn_flashinfer.wrappers import WrapperPool, workspace
 
 
@@ -47,6 +48,13 @@ class FlashInferMLABackend(RaggedForward):
         self._shapes = list(dict.fromkeys(LatentShape.of(kind) for kind in cached))
         self._scaled = kv_cache.dtype in FP8_DTYPES
         self._bound: dict[int, BoundLatent] = {}
+
+    def warmup(self, config: AttentionConfig) -> None:
+        """Build or load every module that ``config`` needs."""
+        for batch in smallest_steps(config.replace(speculative_eagle_topk=1), self.kv_cache):
+            batch.spans = None
+            self.init_forward_metadata(batch)
+        self._warm_ragged(config)
 
     def init_forward_metadata(self, batch: ForwardBatch) -> None:
         if batch.mode is ForwardMode.IDLE or not batch.num_tokens:

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from attn_core.errors import ConfigError
+from attn_core.planning.config import AttentionConfig
 from attn_core.runtime.backend import AttentionBackend
+from attn_core.runtime.kv_cache import TORCH_DTYPES
 from attn_core.runtime.layer import AttentionLayer
 from torch import Tensor
 
@@ -71,6 +73,13 @@ class RaggedForward(AttentionBackend):
     """`forward_ragged` for a backend that has ``_ragged``."""
 
     _ragged: RaggedPlans
+
+    def _warm_ragged(self, config: AttentionConfig) -> None:
+        """Plan one query over one key for every ragged kind of layer, which builds its module."""
+        starts = torch.tensor([0, 1], dtype=torch.int32, device=self.kv_cache.device)
+        for kind in config.layers:
+            if kind.ragged:
+                self._ragged.get(LayerShape.of(kind), TORCH_DTYPES[config.dtype], kind.causal, starts, starts)
 
     def forward_ragged(
         self,
