@@ -78,10 +78,6 @@ class AscendBackend(AttentionBackend):
         step: Step = batch.plan_state
         self._check(layer, q, batch.num_tokens, return_lse)
         if save_kv_cache:
-            if k is None:
-                raise BatchError(
-                    f"layer {layer.layer_id}: no keys to store", accepted="k and v, or save_kv_cache=False"
-                )
             write(self.operators, self.kv_cache, layer, k, v, step.slots)
         q = q.contiguous()
         size, values = self.kv_cache.page_size, self.kv_cache.v(layer.layer_id)
@@ -197,11 +193,7 @@ class AscendBackend(AttentionBackend):
     ) -> Result:
         """Attention with the sink in whichever way is exact, and rows that see no key put right."""
         sinks = layer.sinks
-        own_sink = (
-            sinks
-            if self._operator_takes(layer, paged=isinstance(keys, PagedKeys)) and not (return_lse or blind)
-            else None
-        )
+        own_sink = None if return_lse or blind else self._own_sink(layer, paged=isinstance(keys, PagedKeys))
         lse_needed = return_lse or (sinks is not None and own_sink is None)
         if q.shape[0] == 0 or not any(lengths.keys):
             values: Tensor = q.new_zeros(*q.shape[:2], layer.v_head_dim)
@@ -217,15 +209,16 @@ class AscendBackend(AttentionBackend):
             values, lse = add_sink(values, lse, sinks)
         return _finish((values, lse), return_lse, out)
 
-    def _operator_takes(self, layer: AttentionLayer, *, paged: bool) -> bool:
-        """Whether the operator's own sink is exact for this layer: bf16, layout TND, values of at most 128."""
-        return (
+    def _own_sink(self, layer: AttentionLayer, *, paged: bool) -> Tensor | None:
+        """The layer's sinks, if the operator takes them as they are: bf16, layout TND, values of at most 128."""
+        exact = (
             layer.sinks is not None
             and self.operators.takes_sinks
             and layer.sinks.dtype == torch.bfloat16 == self.kv_cache.dtype
             and takes_tokens(layer, paged=paged)
             and layer.v_head_dim <= 128
         )
+        return layer.sinks if exact else None
 
     def _check(self, layer: AttentionLayer, q: Tensor, tokens: int, return_lse: bool, *, paged: bool = True) -> None:
         if q.shape[0] != tokens:

@@ -19,6 +19,8 @@ from attn_ascend.step import MAX_KEYS
 
 PAGE_SIZE: Final = 128
 MAX_QUERY_HEADS: Final = 256
+#: Query heads for each key head.
+MAX_GROUP: Final = {"mha": 64, "mla": 128}
 #: Elements of all heads of one token: of queries in the layout BSND, and of keys in a page.
 MAX_ROW: Final = 65535
 #: Elements of one layer's keys: the operator counts them in int32.
@@ -110,15 +112,12 @@ def check_cache(cache: KVCache) -> None:
 
 def check_layer(layer: AttentionLayer, *, paged: bool) -> None:
     """Raise ConfigError for what no operator here computes; the plan refuses the same before anything runs."""
+    group = MAX_GROUP[layer.kind]
     problems = [
         (layer.softcap != 0, f"softcap {layer.softcap}", "no softcap: the operators have no such parameter"),
         (layer.cross, "cross attention", "self attention"),
         (layer.k_scale != 1 or layer.v_scale != 1, "a scaled cache", "k_scale = v_scale = 1"),
-        (
-            layer.group_size > (128 if layer.kind == "mla" else 64),
-            f"{layer.group_size} query heads for each KV head",
-            "up to 64",
-        ),
+        (layer.group_size > group, f"{layer.group_size} query heads for each KV head", f"up to {group}"),
     ]
     for holds, given, accepted in problems:
         if holds:
@@ -129,9 +128,9 @@ def check_layer(layer: AttentionLayer, *, paged: bool) -> None:
         check_latent(layer)
         if layer.sliding_window is not None or layer.sinks is not None:
             raise ConfigError(f"layer {layer.layer_id}: MLA with a window or sinks", accepted="MLA without them")
-    elif (
-        layer.qk_head_dim != layer.v_head_dim and (paged or not takes_tokens(layer, paged=False))
-    ) or layer.qk_head_dim % 16:
+        return
+    equal = layer.qk_head_dim == layer.v_head_dim and layer.qk_head_dim % 16 == 0
+    if not equal and (paged or not takes_tokens(layer, paged=False)):
         raise ConfigError(
             f"layer {layer.layer_id}: heads of {layer.qk_head_dim}/{layer.v_head_dim}",
             accepted="equal widths, a multiple of 16 (192/128 over given keys)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from attn_core.errors import BatchError
 from attn_core.runtime.kv_cache import KVCache
 from attn_core.runtime.layer import AttentionLayer
 from torch import Tensor
@@ -11,16 +12,22 @@ from attn_ascend.operators import Operators
 
 
 def write(
-    operators: Operators, cache: KVCache, layer: AttentionLayer, k: Tensor, v: Tensor | None, slots: Tensor
+    operators: Operators, cache: KVCache, layer: AttentionLayer, k: Tensor | None, v: Tensor | None, slots: Tensor
 ) -> None:
     """k [T, Hkv, Dk], v [T, Hkv, Dv] (None for MLA) to int32 ``slots`` [T] of a layer's pages; -1 is not written.
 
     ATB's operators skip negative slots. aclnn's takes none, so a row of -1 rewrites slot 0, which lies in the null
     page, with what is there. Without either, or in a cache of strides, the core's own write in plain torch does it.
+    Raises BatchError if what the layer stores is not given.
     """
+    key_cache, value_cache = cache.k(layer.layer_id), cache.v(layer.layer_id)
+    if k is None or (v is None) != (value_cache is None):
+        missing = "keys" if k is None else "values" if v is None else "place for values"
+        raise BatchError(
+            f"layer {layer.layer_id}: no {missing} to store", accepted="k and v (MLA: k alone), or save_kv_cache=False"
+        )
     if k.shape[0] == 0:
         return
-    key_cache, value_cache = cache.k(layer.layer_id), cache.v(layer.layer_id)
     k = k.to(cache.dtype).contiguous()
     if value_cache is None or v is None:
         if operators.write_latent and key_cache.is_contiguous():

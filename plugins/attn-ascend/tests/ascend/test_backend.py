@@ -254,6 +254,16 @@ def test_an_lse_of_mla_is_refused() -> None:
         run(scene(mla_kind(4), (3,), (130,)), return_lse=True)
 
 
+@pytest.mark.parametrize("missing", ["k", "v"])
+def test_a_step_to_store_without_its_keys_or_values_is_refused(missing: str) -> None:
+    found = Case(kind_of(8, 2, 128), EXTEND, *PREFIXES).scene()
+    setattr(found, missing, None)
+    before = found.cache.k(0).clone()
+    with pytest.raises(BatchError, match="to store"):
+        run(found)
+    assert torch.equal(before.view(torch.int16), found.cache.k(0).view(torch.int16))
+
+
 def test_a_wrong_number_of_queries_is_refused() -> None:
     found = Case(kind_of(8, 2, 128), EXTEND, *PREFIXES).scene()
     found.q = found.q[:-1]
