@@ -39,19 +39,21 @@ def main() -> None:
 
 
 def verify(given: argparse.Namespace) -> int:
+    """The kit, then once more each case that met a device that an earlier case had broken, in a process of its own."""
     from attn_core.testing.run import Result
     from attn_core.testing.runner import verify as run
 
-    begun, bad = time.monotonic(), []
+    begun, bad, lost = time.monotonic(), [], []
 
     def progress(done: int, total: int, result: Result) -> None:
-        if result.status == "failed":
+        if result.status == "failed" and "CUDA error" in str(result.faults):
+            lost.append(result.case.id)
+        elif result.status == "failed":
             bad.append({"case": result.case.id, "faults": [str(fault)[:600] for fault in result.faults[:3]]})
             if len(bad) <= 25:
                 print(f"FAILED {result.case.id}\n    {str(result.faults[0])[:500]}", flush=True)
-            (given.out / "verify-failures.json").write_text(json.dumps(bad, indent=1))
-        if done % 100 == 0 or done == total:
-            print(f"{given.tier} {done}/{total}, {len(bad)} failed, {time.monotonic() - begun:.0f} s", flush=True)
+        if done % 200 == 0 or done == total:
+            print(f"{given.tier} {done}/{total}, {len(bad)} failed, {len(lost)} lost, {time.monotonic() - begun:.0f} s", flush=True)
 
     report = run(
         "triton", given.tier, "cuda", workers=given.workers, progress=progress, max_cases=given.max_cases,
@@ -59,7 +61,36 @@ def verify(given: argparse.Namespace) -> int:
     )  # fmt: skip
     for row in report.rows:
         print(f"{row.name:24s} {row.outcome:14s} {row.passed} passed, {row.failed} failed {row.note}", flush=True)
+    bad += alone(lost, given.workers, given.budget - (time.monotonic() - begun))
+    (given.out / "verify-failures.json").write_text(json.dumps(bad, indent=1))
     return int(bool(bad))
+
+
+def alone(cases: list[str], workers: int, budget: float) -> list[dict[str, object]]:
+    """What is wrong with each of these cases when nothing ran before it in its process."""
+    bad: list[dict[str, object]] = []
+    if not cases or budget <= 0:
+        return [{"case": case, "faults": ["not run alone"]} for case in cases]
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1)
+    waiting = {pool.submit(one_case, case): case for case in cases}
+    done = 0
+    try:
+        for future in as_completed(waiting, timeout=budget):
+            done += 1
+            if future.result():
+                bad.append({"case": waiting[future], "faults": future.result()})
+                print(f"FAILED alone {waiting[future]}\n    {future.result()[0][:400]}", flush=True)
+    except TimeoutError:
+        print(f"{len(cases) - done} cases not run alone", flush=True)
+    pool.shutdown(wait=False, cancel_futures=True)
+    print(f"{done} cases run alone, {len(bad)} failed", flush=True)
+    return bad
+
+
+def one_case(case: str) -> list[str]:
+    from attn_core.testing.runner import verify as run
+
+    return [str(fault)[:600] for result in run("triton", "contract", "cuda", case=case).results for fault in result.faults]
 
 
 def random_steps(given: argparse.Namespace) -> int:

@@ -25,8 +25,9 @@ for stage in "$@"; do
   case $stage in
     ceiling) py 60 benchmarks/triton_attention.py ceiling --out "$R" ;;
     random)  py 100 benchmarks/triton_check.py random --seeds "${SEEDS:-0:300}" --budget 70 ;;
-    check)   py 200 benchmarks/triton_check.py verify --tier "${TIER:-contract}" --out "$R" --workers 14 ;;
-    speed)   py 240 benchmarks/triton_attention.py speed --out "$R" --budget "${BUDGET:-160}" ${SPEED:-} ;;
+    check)   py "$(left)" benchmarks/triton_check.py verify --tier "${TIER:-contract}" --out "$R" --workers 14 --budget "$(( $(left) - 20 ))" ;;
+    diag)    TAIL=250 py 150 benchmarks/triton_diag.py ;;
+    speed)   py $(( ${BUDGET:-160} + 60 )) benchmarks/triton_attention.py speed --out "$R" --budget "${BUDGET:-160}" ${SPEED:-} ;;
     host)    py 60 benchmarks/triton_attention.py host --out "$R" ;;
     race)    timeout 150 compute-sanitizer --tool racecheck python3 benchmarks/triton_check.py random --seeds 0:5 --workers 0 2>&1 | tee "$R/racecheck.txt" | tail -15 ;;
     memory)  timeout 150 compute-sanitizer --tool memcheck python3 benchmarks/triton_check.py random --seeds 0:8 --workers 0 2>&1 | tee "$R/memcheck.txt" | tail -15 ;;

@@ -144,7 +144,7 @@ def _batch(
     _fill(cache, generator, list(zip([*total, *encoder], pages, strict=True)))
     batch = ForwardBatch.build(
         mode, query_lens=query, seq_lens=total, pages=own, page_size=page, device=device,
-        tree=_tree(draw, query, device) if mode is ForwardMode.TARGET_VERIFY and not cross and draw.random() < 0.6 else None,
+        tree=_tree(draw, query, device) if mode is ForwardMode.TARGET_VERIFY and draw.random() < 0.6 else None,
         spans=_spans(draw, total) if mode in (ForwardMode.EXTEND, ForwardMode.MIXED) and draw.random() < 0.3 else None,
         encoder_seq_lens=encoder if cross else None, encoder_pages=others if cross else None, write_encoder=cross,
     )  # fmt: skip

@@ -17,6 +17,7 @@ from attn_triton.chip import Chip
 from attn_triton.decode import BoundDecode, DecodeKernels
 from attn_triton.extend import BoundExtend, ExtendKernels
 from attn_triton.graphs import GraphBuffers
+from attn_triton.hopper_extend import BoundGluonExtend
 from attn_triton.kinds import BoundLayer, Kind, bind_layer, score_scale
 from attn_triton.launch import Launchers, current_stream
 from attn_triton.ragged import attend_rows
@@ -131,7 +132,9 @@ class TritonBackend(AttentionBackend):
     def init_cuda_graph_state(self, max_batch_size: int, max_num_tokens: int) -> None:
         query_len = -(-max_num_tokens // max(1, max_batch_size))
         kinds = [bound.kind for bound in self._of_config()]
-        parts = max((self.decode.partitions.most_part_elements(kind, n) for kind in kinds for n in {1, query_len}), default=0)
+        parts = max(
+            (self.decode.partitions.most_part_elements(kind, n) for kind in kinds for n in {1, query_len}), default=0
+        )
         self._graphs = GraphBuffers(self.config, self.kv_cache, max_batch_size, max_num_tokens, parts)
 
     def init_forward_metadata_capture_cuda_graph(self, batch: ForwardBatch) -> None:
@@ -182,7 +185,7 @@ class TritonBackend(AttentionBackend):
         if not step.num_tokens:
             return out if lse is None else (out, lse)
         key = (bound.number, return_lse, out.dtype)
-        ready: BoundDecode | BoundExtend | None = step.bound.get(key)
+        ready: BoundDecode | BoundExtend | BoundGluonExtend | None = step.bound.get(key)
         if ready is None:
             ready = step.bound[key] = self._ready(step, bound, q, out, lse)
         ready.run(q, out, lse, bound, scale)
@@ -190,7 +193,7 @@ class TritonBackend(AttentionBackend):
 
     def _ready(
         self, step: Step, bound: BoundLayer, q: Tensor, out: Tensor, lse: Tensor | None
-    ) -> BoundDecode | BoundExtend:
+    ) -> BoundDecode | BoundExtend | BoundGluonExtend:
         if by_split(step, bound.kind, invariant=self.config.batch_invariant):
             return self.decode.bind(step, bound, self._workspace(step), q, out, lse)
         return self.extend.bind(step, bound, q, out, lse)

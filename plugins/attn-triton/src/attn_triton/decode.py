@@ -86,12 +86,12 @@ class DecodeKernels:
     ) -> BoundAttend:
         kind, geometry, keys = layer.kind, layer.kind.geometry, partition.keys
         cut, plan, none = partition.cut, partition.plan, partition.keys.lengths
+        tree = None if kind.cross else step.tree
         pdl = partition.split and self._chip.dependent_launch
         constants = {
             **geometry.head_constants(), **geometry.pool_constants(), "TILES": cut.tiles, "BM": cut.tile.block_m,
             "BN": cut.tile.block_n, "STAGES": cut.tile.stages, "FIXED": cut.fixed, "SINGLE": step.single,
-            "CROSS": kind.cross, "TREE": step.tree is not None,
-            "Q_TREE": 1 if step.tree is None else step.tree.shape[-1], "WINDOW": kind.window is not None,
+            "CROSS": kind.cross, "TREE": tree is not None, "Q_TREE": 1 if tree is None else tree.shape[-1], "WINDOW": kind.window is not None,
             "HAS_CAP": kind.has_cap, "HAS_SINKS": kind.sinks is not None, "HAS_LSE": lse is not None, "PDL": pdl,
         }  # fmt: skip
         options = {"num_warps": cut.tile.warps, "num_stages": cut.tile.stages, **({"launch_pdl": True} if pdl else {})}
@@ -100,7 +100,7 @@ class DecodeKernels:
             self._launchers.get(decode_kernel, constants, options, dtypes),
             [
                 q, layer.k_pool, layer.v_pool, keys.pages, keys.lengths, step.starts,
-                none if step.tree is None else step.tree, none if step.depths is None else step.depths,
+                none if tree is None else tree, none if tree is None or step.depths is None else step.depths,
                 none if layer.layer.sinks is None else layer.layer.sinks, out,
                 partition.part_lse if lse is None else lse, partition.part_out, partition.part_lse, plan.line,
                 plan.bounds, plan.first, cut.splits, 0, 0, 0, 0, keys.pages.stride(0), kind.window or 0, 1.0, 0.0, 1.0,

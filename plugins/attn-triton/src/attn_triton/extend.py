@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attn_triton import hopper_extend
 from attn_triton.chip import Chip
 from attn_triton.geometry import power_of_two_from
 from attn_triton.kernels.extend import extend_kernel, tile_map_kernel
@@ -79,7 +80,9 @@ class ExtendKernels:
         self._launchers = launchers
         self._invariant = invariant
 
-    def bind(self, step: Step, layer: BoundLayer, q: Tensor, out: Tensor, lse: Tensor | None) -> BoundExtend:
+    def bind(
+        self, step: Step, layer: BoundLayer, q: Tensor, out: Tensor, lse: Tensor | None
+    ) -> BoundExtend | hopper_extend.BoundGluonExtend:
         """What layers of the kind of ``layer`` launch in ``step``; the tensors give the dtypes."""
         keys = step.keys(layer.kind.cross)
         cross = layer.kind.cross
@@ -100,11 +103,14 @@ class ExtendKernels:
 
     def bind_rows(
         self, rows: Rows, layer: BoundLayer, q: Tensor, out: Tensor, lse: Tensor | None, *, captured: bool = False
-    ) -> BoundExtend:
+    ) -> BoundExtend | hopper_extend.BoundGluonExtend:
         """The same over any rows. ``captured``: what the lengths are may not be asked, nor anything be allocated for
         them.
         """
         kind, geometry = layer.kind, layer.kind.geometry
+        if not self._invariant and hopper_extend.takes(self.chip, kind, rows):
+            blocks, tile_map = self._blocks(rows, hopper_extend.TILE, geometry.group, captured=captured)
+            return hopper_extend.bind(self._launchers, rows, blocks, tile_map, layer, q, out, lse)
         tile = extend_tile(self.chip, geometry, 1 if self._invariant else rows.max_query_len * geometry.group)
         blocks, tile_map = self._blocks(rows, tile, geometry.group, captured=captured)
         none = rows.starts  # stands where the kernel was compiled to look at nothing

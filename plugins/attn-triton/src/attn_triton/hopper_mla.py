@@ -12,7 +12,7 @@ from torch import Tensor
 from attn_triton.chip import Chip
 from attn_triton.kinds import BoundLayer, Kind, value_scale
 from attn_triton.launch import Bound, Launchers
-from attn_triton.parameters import DecodeTile
+from attn_triton.parameters import FORCED, DecodeTile
 from attn_triton.step import Step
 
 if TYPE_CHECKING:
@@ -39,7 +39,14 @@ def takes(chip: Chip, kind: Kind, step: Step | None) -> bool:
         and (g.k.token, g.k.page) == (WIDTH, WIDTH * g.page_size)
     )
     plain = kind.window is None and not kind.has_cap and kind.sinks is None and not kind.cross
-    return fits and plain and chip.sm == 90 and (step is None or step.tree is None) and available()
+    return (
+        fits
+        and plain
+        and chip.sm == 90
+        and (step is None or step.tree is None)
+        and FORCED.get("gluon", True)
+        and available()
+    )
 
 
 @functools.cache
@@ -80,7 +87,13 @@ class BoundMla:
 
 
 def bind(
-    launchers: Launchers, step: Step, layer: BoundLayer, partition: Partition, q: Tensor, out: Tensor, lse: Tensor | None
+    launchers: Launchers,
+    step: Step,
+    layer: BoundLayer,
+    partition: Partition,
+    q: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
 ) -> BoundMla:
     """What layers of the kind of ``layer`` launch in ``step``; the tensors give the dtypes."""
     from attn_triton.kernels.gluon_mla import mla_kernel

@@ -147,11 +147,15 @@ class Partitions:
         tiles = [decode_tile(self.chip, geometry, rows, load) for load in LOADS]
         if hopper_mla.takes(self.chip, kind, None):
             tiles.append(hopper_mla.TILE)
-        programs = [max(self.chip.multiprocessors * t.per_sm, geometry.num_kv_heads * -(-rows // t.block_m)) for t in tiles]
+        programs = [
+            max(self.chip.multiprocessors * t.per_sm, geometry.num_kv_heads * -(-rows // t.block_m)) for t in tiles
+        ]
         most = max(2 * count * tile.block_m for count, tile in zip(programs, tiles, strict=True))
         return most * (sum(geometry.v_parts) + 1)
 
-    def bind_merge(self, step: Step, kind: Kind, partition: Partition, out: Tensor, lse: Tensor | None) -> BoundMerge | None:
+    def bind_merge(
+        self, step: Step, kind: Kind, partition: Partition, out: Tensor, lse: Tensor | None
+    ) -> BoundMerge | None:
         """What joins the parts of layers of ``kind`` in ``step``; None if there are none."""
         if not partition.split:
             return None
