@@ -1,7 +1,6 @@
 """Shapes: their floors in bytes and flops, as the published tables count them."""
 
 import pytest
-
 from attn_core.bench.results import Results, Row, device_slug, table
 from attn_core.bench.shapes import SHAPES, select
 from attn_core.errors import UsageError

@@ -139,15 +139,11 @@ def default_path(found: Results, bench: str, root: Path = Path("benchmarks/resul
 
 def _fill(cache: KVCache, generator: torch.Generator) -> None:
     for layer_id in cache.layer_ids:
-        for tensor in (cache.k(layer_id), cache.v(layer_id)):
-            if tensor is not None:
-                for page in tensor.split(
-                    4096
-                ):  # a slice at a time: fp8 has no normal_, and a copy of all would be large
-                    source = torch.empty(page.shape, dtype=torch.float32, device=page.device).normal_(
-                        generator=generator
-                    )
-                    page.copy_(source.to(page.dtype))
+        for pool in (cache.k(layer_id), cache.v(layer_id)):
+            if pool is not None:
+                # a slice at a time: fp8 has no normal_, and a copy of all would be large
+                for pages in torch.split(pool, 4096):
+                    pages.copy_(torch.randn(pages.shape, device=pool.device, generator=generator).to(pool.dtype))
 
 
 def _normal(shape: tuple[int, ...], dtype: str, generator: torch.Generator) -> Tensor:
