@@ -55,7 +55,7 @@ VARIANTS: Final[Mapping[str, Mapping[str, Any]]] = {
     "d64w4s2x3": {"cut": "stream", **decode(64, 4, 2, 3)},
     "d64w4s3x3": {"cut": "stream", **decode(64, 4, 3, 3)},
     "d128w4s2x2": {"cut": "stream", **decode(128, 4, 2, 2)},
-    "d128w8s3x1": {"cut": "stream", **decode(128, 8, 3, 1)},
+    "d64w4s4x2": {"cut": "stream", **decode(64, 4, 4, 2)},
     "plain": {"gluon": False},
     "m32w8s3": {"gluon": False, **decode(32, 8, 3, 1)},
     "longest": {"gluon_by_head": False},
@@ -68,9 +68,9 @@ VARIANTS: Final[Mapping[str, Mapping[str, Any]]] = {
 #: Which variants a kind of shape is tried with, when all are asked for.
 FITTING: Final[Mapping[str, tuple[str, ...]]] = {
     "decode": ("table", "device", "stream", "d128w8s3", "d128w4s3", "d64w4s4", "d64w4s3"),
-    "mixed": ("table", "device", "d64w4s2x3", "d64w4s3x3", "d128w4s2x2", "d128w8s3x1"),
-    "mla": ("table", "device", "plain", "m32w8s3"),
-    "extend": ("table", "longest", "plain", "e128x128w8s3l", "e128x64w8s3"),
+    "mixed": ("table", "d64w4s2x3", "d64w4s3x3", "d128w4s2x2", "d64w4s4x2"),
+    "mla": ("table", "device", "plain"),
+    "extend": ("table", "longest", "plain"),
     "fp8": ("table", "f128w4s3x2", "f128w8s3x2", "f64w4s4x3"),
 }
 

@@ -26,6 +26,7 @@ for stage in "$@"; do
     ceiling) py 60 benchmarks/triton_attention.py ceiling --out "$R" ;;
     random)  py 100 benchmarks/triton_check.py random --seeds "${SEEDS:-0:300}" --budget 70 ;;
     check)   py "$(left)" benchmarks/triton_check.py verify --tier "${TIER:-contract}" --out "$R" --workers 14 --budget "$(( $(left) - 20 ))" ;;
+    some)    py 130 benchmarks/triton_check.py verify --tier contract --max-cases "${CASES:-600}" --out "$R" --workers 14 --budget 120 ;;
     diag)    TAIL=250 py 150 benchmarks/triton_diag.py ;;
     speed)   py $(( ${BUDGET:-160} + 60 )) benchmarks/triton_attention.py speed --out "$R" --budget "${BUDGET:-160}" ${SPEED:-} ;;
     host)    py 60 benchmarks/triton_attention.py host --out "$R" ;;
