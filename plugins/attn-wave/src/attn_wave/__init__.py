@@ -1,0 +1,1 @@
+"""The backend `wave`: attention for AMD Instinct, written in Wave."""

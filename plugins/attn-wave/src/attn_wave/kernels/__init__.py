@@ -1,0 +1,1 @@
+"""Wave kernels: imported only where something is compiled."""
