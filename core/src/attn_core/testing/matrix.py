@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 from attn_core.planning.config import FEATURES
 from attn_core.planning.discovery import BackendRef
 from attn_core.planning.manifest import HEADLINE, headline
-from attn_core.testing.proof import LEVELS, Evidence
+from attn_core.testing.proof import LEVELS, PROVING, Evidence
 
 #: Which outcomes of a run stand behind each headline flag; one that was proved is enough.
 _HEADLINE_FEATURES: Final[Mapping[str, tuple[str, ...]]] = {
@@ -54,7 +54,8 @@ class Row:
 def matrix(refs: Iterable[BackendRef], runs: Iterable[Evidence]) -> list[Row]:
     """A row for each backend, sorted by its listed name; ``runs`` as `read_evidence` sorts them.
 
-    A cell is `proved` (runs of the kit found the claim true), `claimed` (the manifest says so, no run has), `refused`
+    A cell is `proved` (runs of the kit computed it and found it right), `claimed` (the manifest says so, no run has
+    computed it; runs of the levels compiled and schema show that code compiles, or that calls bind), `refused`
     (the manifest does not claim it, so a request for it is refused; with runs, the kit saw that it is) or `failed`
     (a run contradicts the manifest). What the strongest level with anything to say has found is what counts.
     """
@@ -83,7 +84,7 @@ def _cell(claimed: bool, names: tuple[str, ...], runs: list[Evidence]) -> Cell:
         else:
             held = tuple(run for run, outcomes in found if outcomes <= {"refused", "under_claimed"})
         if held:
-            return Cell("proved" if claimed else "refused", held)
+            return Cell("refused" if not claimed else "proved" if level in PROVING else "claimed", held)
     return Cell("claimed" if claimed else "refused")
 
 
@@ -133,8 +134,9 @@ class _Notes:
 
     def markdown(self) -> str:
         legend = (
-            "*proved*: the conformance kit found the claim true, at this level on this device. *claimed*: the manifest"
-            " says so, no run has been made. *refused*: not claimed, so a request is refused before anything runs."
+            "*proved*: the conformance kit computed it and found it right, at this level on this device. *claimed*: the"
+            " manifest says so, and nothing has computed it; with *compiled* its code compiles, with *schema* its calls"
+            " bind. *refused*: not claimed, so a request is refused before anything runs."
         )
         return "  \n".join([legend, *self.lines()])
 
@@ -188,8 +190,8 @@ th, td {{ border: 1px solid #8884; padding: .3rem .6rem; text-align: left; verti
 .failed {{ background: #d222; }} .refused {{ color: #888; }}
 </style></head><body>
 <h1>The support matrix</h1>
-<p>Rendered from manifests and from the evidence of the conformance kit. <b>proved</b>: found true, at this level on
-this device. <b>claimed</b>: the manifest says so, no run has been made. <b>refused</b>: not claimed, so a request is
-refused.</p>
+<p>Rendered from manifests and from the evidence of the conformance kit. <b>proved</b>: computed and found right, at
+this level on this device. <b>claimed</b>: the manifest says so, and nothing has computed it; with <i>compiled</i> its
+code compiles, with <i>schema</i> its calls bind. <b>refused</b>: not claimed, so a request is refused.</p>
 {body}
 </body></html>"""

@@ -19,6 +19,8 @@ _ANEW: Final = "write it anew: attn verify NAME --evidence DIR"
 
 #: How a claim was proved, the strongest first; levels are never mixed in one cell.
 LEVELS: Final = ("silicon", "isa-emulated", "contract-emulated", "compiled", "schema", "declared")
+#: The levels at which something was computed and compared: only these prove a claim.
+PROVING: Final = LEVELS[:3]
 
 
 class Evidence(NamedTuple):
