@@ -118,7 +118,8 @@ def request_patterns(mode: Mode, page: int, draft_tokens: int) -> dict[str, Patt
         return _mixed_patterns(unit)
     if mode == "draft_extend":
         catching_up = _requests((1, unit), (3, unit - 1), (2, 5), (4, 2 * unit + 1))
-        return {"plain": (1, _requests((2, 2 * unit - 2))), "batch": (4, catching_up), "batch_33": (33, catching_up)}
+        two = _requests((2, 2 * unit - 2), (2, 3 * unit - 2))
+        return {"plain": (1, two[:1]), "two": (2, two), "batch": (4, catching_up), "batch_33": (33, catching_up)}
     return _extend_patterns(unit)
 
 
@@ -129,7 +130,7 @@ def _decode_patterns(unit: int) -> dict[str, Pattern]:
         "plain": (1, _requests((1, 2 * unit - 1))),
         "first_token": (1, _requests((1, 0))),
         "partial_page": (1, _requests((1, unit))),
-        "two": (2, _requests((1, unit - 2 if unit > 2 else 1), (1, 2 * unit))),
+        "two": (2, _requests((1, unit - 1), (1, 2 * unit - 1))),
         "seven": (7, edges),
         "long": (1, _requests((1, 4 * unit + 130))),
         "batch_33": (33, edges),
@@ -144,7 +145,7 @@ def _extend_patterns(unit: int) -> dict[str, Pattern]:
         "plain": (1, _requests((2 * unit, 0))),
         "partial_page": (1, _requests((unit + 1, 0))),
         "prefix": (1, _requests((unit, unit))),
-        "two": (2, _requests((1, 0), (unit + 1, unit))),
+        "two": (2, _requests((unit, 0), (2 * unit, 0))),
         "seven": (7, edges),
         "empty": (3, _requests((3, 2), (0, unit), (5, 0))),
         "long": (1, _requests((2 * unit + 5, 2 * unit + 100))),
@@ -170,7 +171,7 @@ def _verify_patterns(unit: int, q: int) -> dict[str, Pattern]:
     return {
         "plain": (1, _requests((q, plain))),
         "partial_page": (1, _requests((q, unit))),
-        "two": (2, _requests((q, 1), (q, 2 * unit + 1))),
+        "two": (2, _requests((q, plain), (q, plain + unit))),
         "seven": (7, edges),
         "long": (1, _requests((q, 3 * unit + 130))),
         "batch_33": (33, edges),

@@ -184,9 +184,11 @@ class Case:
 
     def claims(self) -> frozenset[str]:
         """What about this case can be wrong by itself: features, and what is special of its shapes and memory."""
-        found = {"attention", *self.features, f"dtype={self.dtype}", f"kv_layout={self.layout}", *self.options}
+        found = {"attention", *self.features, f"dtype={self.dtype}", *self.options}
         found |= {f"page_size={self.page_size}", f"memory={self.memory}"}
+        found |= {f"window={_window_claim(kind, self.page_size)}" for kind in self.kinds if kind.sliding_window}
         found |= {claim for kind in self.kinds for claim in _kind_claims(kind)}
+        found |= {f"kv_layout={self.layout}"} if self.layout != "MLA" else set()
         found |= {f"kv_dtype={self.kv_dtype}"} if self.kv_dtype != "auto" else set()
         found |= {name for name, holds in self._shape_claims().items() if holds}
         return frozenset(found - {"lse", "twice", "alone", "graph", "spans"} | (self.features & {"lse"}))
@@ -204,6 +206,9 @@ class Case:
             "several_layers": len(self.kinds) > 1,
             "several_kinds": len(set(self.kinds)) > 1,
             "empty_request": any(not r.new for r in self.pattern),
+            "saturation": "hot" in self.options and self.kv_dtype != "auto",
+            "not_causal": any(kind.ragged and not kind.causal for kind in self.kinds),
+            "long": max(r.seq_len for r in self.pattern) > 4 * page + 16,
         }
 
 
@@ -212,6 +217,12 @@ def _kind_claims(kind: LayerKind) -> set[str]:
     claims = {f"head_dim={kind.qk_head_dim}/{kind.v_head_dim}", f"group_size={group}"}
     claims |= {"mla"} if kind.kind == "mla" else set()
     return claims | ({"group_size_not_power_of_two"} if group & (group - 1) else set())
+
+
+def _window_claim(kind: LayerKind, page: int) -> str:
+    """What of a window may matter: itself alone, less than a page, more, or more than there is."""
+    window = kind.sliding_window or 0
+    return "1" if window == 1 else "short" if window < page else "long" if window < 1 << 16 else "endless"
 
 
 _PLAIN: Final = ("batch", "dtype", "kv_dtype", "page_size", "layout", "memory", "tree", "refused", "seed")

@@ -7,7 +7,7 @@ and every mode that its phases run; what no clause claims is in `refusals`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -80,8 +80,19 @@ def generate_cases(manifest: Manifest, tier: Tier, system: System, seed: int = 0
 
     Each case stands once, the ladders first. A case that the clauses do not claim whole is not made.
     """
+    return _made(manifest, tier, system, seed, (ladder, graphs, pairs))
+
+
+def ladder_cases(manifest: Manifest, tier: Tier, system: System, seed: int = 0) -> list[Case]:
+    """The ladders alone: enough to notice a fault in one thing, and to name it."""
+    return _made(manifest, tier, system, seed, (ladder,))
+
+
+def _made(
+    manifest: Manifest, tier: Tier, system: System, seed: int, makes: tuple[Callable[[Ground], Iterator[Case]], ...]
+) -> list[Case]:
     grounds = list(_grounds(manifest, tier, system, seed))
-    made = [case for make in (ladder, graphs, pairs) for ground in grounds for case in make(ground)]
+    made = [case for make in makes for ground in grounds for case in make(ground)]
     return [case for case in dict.fromkeys(made) if is_claimed(manifest, case, system)]
 
 
@@ -111,6 +122,25 @@ def _trees(clause: Clause, mode: Mode, tier: Tier) -> tuple[str, ...]:
     return ("",) if runs[mode] else ()
 
 
+def spread(cases: Sequence[Case], count: int | None) -> list[Case]:
+    """At most ``count`` cases that still show every claim that any of them shows, as far as the count allows."""
+    if count is None or len(cases) <= count:
+        return list(cases)
+    chosen: list[Case] = []
+    seen: set[str] = set()
+    rest = list(cases)
+    while rest and len(chosen) < count:
+        gains = [len(_aspects(c) - seen) for c in rest]
+        best = gains.index(max(gains)) if max(gains) else len(rest) * len(chosen) // count
+        chosen.append(rest.pop(min(best, len(rest) - 1)))
+        seen |= _aspects(chosen[-1])
+    return chosen
+
+
+def _aspects(case: Case) -> frozenset[str]:
+    return frozenset(f"{claim} in {case.mode}" for claim in case.claims())
+
+
 def ladder(ground: Ground) -> Iterator[Case]:
     """The plain case, and those one step away from it."""
     plain, clause = ground.plain(), ground.clause
@@ -120,6 +150,8 @@ def ladder(ground: Ground) -> Iterator[Case]:
         for value in values:
             case = _changed(plain, {name: value}, ground)
             yield several_requests(case) if name in _BETWEEN_REQUESTS else case
+    for row in _together(ground):
+        yield _changed(plain, row, ground)
     if ground.mode == "ragged":
         return
     batch = several_requests(replace(plain, memory="shuffled"))
@@ -127,6 +159,19 @@ def ladder(ground: Ground) -> Iterator[Case]:
         yield replace(batch, options=batch.options | {option})
     for kinds in _several_kinds(plain.kinds[0], clause, plain.page_size):
         yield with_encoders(replace(batch, kinds=kinds))
+
+
+def _together(ground: Ground) -> Iterator[Row]:
+    """Pairs that belong together: the LSE with what changes it, an fp8 cache with what it cannot hold."""
+    features = _steps_of_features(ground)
+    if "lse" in features:
+        yield from ({"lse": True, name: features[name][0]} for name in _CHANGE_THE_LSE if name in features)
+    if ground.mode != "ragged":
+        yield from ({"kv_dtype": name, "hot": True} for name in ground.clause.kv_dtypes if name != "auto")
+
+
+#: Features that change the denominator of the softmax.
+_CHANGE_THE_LSE: Final = ("sliding_window", "softcap", "sinks", "bidirectional_spans", "cross", "ragged")
 
 
 def pairs(ground: Ground) -> Iterator[Case]:

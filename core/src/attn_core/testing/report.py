@@ -11,7 +11,7 @@ from attn_core.planning.config import FEATURES, PHASES
 from attn_core.planning.manifest import Clause, Manifest
 from attn_core.planning.system import System
 from attn_core.testing.axes import Tier
-from attn_core.testing.blame import Blame, explain
+from attn_core.testing.blame import Blame, claims_of, explain
 from attn_core.testing.run import Result
 
 Outcome = Literal["proved", "refused", "over_claimed", "under_claimed", "not_run"]
@@ -155,8 +155,13 @@ def _declared_row(
         return Row(name, True, "over_claimed", 0, len(failed), "every case fails", failed[0].case.id)
     if not passed:
         return Row(name, True, "not_run", note=skipped[0].note if skipped else "no case of this tier")
-    note = f"{len(failed)} fail for {blames[0].claim}" if failed else ""
-    return Row(name, True, "proved", len(passed), len(failed), note, failed[0].case.id if failed else "")
+    if failed:
+        # proved if it fails only beside another feature that is over-claimed; not if it fails for its shapes
+        others = {blame.feature for blame in blames} & set(ROWS)
+        cause = next(b for b in blames if b.claim in claims_of(failed[0]))
+        outcome: Outcome = "proved" if all(others & row_names(r) for r in failed) else "over_claimed"
+        return Row(name, True, outcome, len(passed), len(failed), f"fails for {cause.claim}", failed[0].case.id)
+    return Row(name, True, "proved", len(passed))
 
 
 def _undeclared_row(name: str, results: Sequence[Result]) -> Row:

@@ -26,7 +26,7 @@ from attn_core.testing.axes import TIERS, Tier
 from attn_core.testing.cases import Case
 from attn_core.testing.checks import Fault
 from attn_core.testing.devices import Place, at, own_emulators
-from attn_core.testing.generation import generate_cases
+from attn_core.testing.generation import generate_cases, spread
 from attn_core.testing.refusals import check_refusal, refusal_cases
 from attn_core.testing.report import Report, junit_xml, rows_of
 from attn_core.testing.run import Result, Target, run_case
@@ -110,25 +110,6 @@ def cases_of(
     if not chosen + refused:
         raise UsageError(f"no case has {select!r} in its id", given=select, hint="leave select out")
     return [*spread(chosen, max_cases), *refused]
-
-
-def spread(cases: Sequence[Case], count: int | None) -> list[Case]:
-    """At most ``count`` cases that still show every claim that any of them shows, as far as the count allows."""
-    if count is None or len(cases) <= count:
-        return list(cases)
-    chosen: list[Case] = []
-    seen: set[str] = set()
-    rest = list(cases)
-    while rest and len(chosen) < count:
-        gains = [len(_aspects(c) - seen) for c in rest]
-        best = gains.index(max(gains)) if max(gains) else len(rest) * len(chosen) // count
-        chosen.append(rest.pop(min(best, len(rest) - 1)))
-        seen |= _aspects(chosen[-1])
-    return chosen
-
-
-def _aspects(case: Case) -> frozenset[str]:
-    return frozenset(f"{claim} in {case.mode}" for claim in case.claims())
 
 
 def run_any(case: Case, target: Target, *, probe: bool) -> Result:

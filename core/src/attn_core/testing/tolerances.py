@@ -15,7 +15,8 @@ value: what sums of rounding errors never do, and a missing key does. What fp32 
 a backend.
 
 An fp8 cache changes nothing, because the oracle reads what the cache stores. A backend whose manifest says that it
-quantises queries computes with 4-bit significands (e4m3) in steps 1 and 3, and is held to that.
+quantises queries computes with 4-bit significands (e4m3) in steps 1 and 3, and is held to that; the variance of its
+step 1 is a mean over draws, since one run of it says little (`_query_variance`).
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ _UNIT: Final = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16
 _E4M3_UNIT: Final = 2.0**-4
 _SINGLE: Final = 2.0**-24
 _HARDWARE_TANH: Final = 2.0**-11
+#: Draws of a variance: its relative standard error is sqrt(2 / 32), a quarter, far inside the factors above.
+_DRAWS: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,11 @@ class Precision:
         unit = _UNIT[dtype]
         coarse = _E4M3_UNIT if quantizes_query else unit
         return cls(coarse, coarse, unit, dtype)
+
+    @property
+    def quantizes_query(self) -> bool:
+        """Whether queries are rounded more coarsely than the output."""
+        return self.query > self.output
 
     @property
     def softcap(self) -> float:
@@ -100,6 +108,8 @@ def _expect_one(problem: Problem, layer: AttentionLayer, precision: Precision) -
     squares = weighted_values(probabilities.square(), problem.v.square())
     variance = (precision.probability**2 * squares + precision.output**2 * out.square()) / 3
     variance = variance + model_error.square().mean(-1, keepdim=True)
+    if precision.quantizes_query:
+        variance = variance + _query_variance(problem, layer, out, precision)
     single = _single_precision(problem, scores, layer)
     floor = single[..., None] * weighted_values(probabilities, problem.v.abs()) + _smallest(precision.dtype)
     return Expected(
@@ -124,6 +134,22 @@ def _model_output(problem: Problem, layer: AttentionLayer, lse: Tensor, precisio
     log_denominator = torch.where(lse.isfinite(), lse, 0.0).transpose(0, 1).reshape(kv_heads, group, n, 1)
     weights = _rounded(torch.exp(scores - log_denominator), precision.probability)
     return _rounded(weighted_values(weights, problem.v), precision.output)
+
+
+def _query_variance(problem: Problem, layer: AttentionLayer, out: Tensor, precision: Precision) -> Tensor:
+    """[n, Hq, Dv]: variance of the output when each element of a query is off by uniform +-u|q|, the mean of draws.
+
+    `_model_output` rounds the queries once. With few keys that count, one error of one probability is all there is of
+    it, and one draw may be near 0 by chance: of two honest kernels, one would then be held to the other's luck. It
+    matters where u is large, in quantised queries, whose scales differ from kernel to kernel, and so their roundings.
+    """
+    random = torch.Generator(problem.q.device).manual_seed(0)
+    total = torch.zeros_like(out)
+    for _ in range(_DRAWS):
+        uniform = 2 * torch.rand(problem.q.shape, generator=random, dtype=out.dtype, device=out.device) - 1
+        scores = masked_scores(replace(problem, q=problem.q * (1 + precision.query * uniform)), layer)
+        total += (weighted_values(softmax_with_sink(scores, layer)[0], problem.v) - out).square()
+    return total / _DRAWS
 
 
 def _lse_tolerance(
