@@ -116,6 +116,8 @@ def request_patterns(mode: Mode, page: int, draft_tokens: int) -> dict[str, Patt
         return _verify_patterns(unit, draft_tokens)
     if mode == "mixed":
         return _mixed_patterns(unit)
+    if mode == "ragged":
+        return _extend_patterns(unit) | {"fewer_keys": (4, _requests((4, 0), (3, -3), (5, -2), (2, 3)))}
     if mode == "draft_extend":
         catching_up = _requests((1, unit), (3, unit - 1), (2, 5), (4, 2 * unit + 1))
         two = _requests((2, 2 * unit - 2), (2, 3 * unit - 2))

@@ -54,7 +54,7 @@ OPTIONS: Final[dict[str, str]] = {
 class Request:
     """``new`` tokens after a cached prefix of ``prefix``, and ``encoder`` keys for cross layers.
 
-    Ragged: ``new`` queries over new + prefix keys.
+    Ragged: ``new`` queries over new + prefix keys; a prefix below 0 gives fewer keys than queries, or none.
     """
 
     new: int
@@ -70,7 +70,7 @@ class Request:
 
     @classmethod
     def parse(cls, text: str) -> Request:
-        match = re.fullmatch(r"(\d+)@(\d+)(?:e(\d+))?", text)
+        match = re.fullmatch(r"(\d+)@(-?\d+)(?:e(\d+))?", text)
         if match is None:
             raise UsageError(
                 f"request {text!r} in a case id", given=text, accepted="NEW@PREFIX, such as 1@16 or 4@16e7"

@@ -98,8 +98,10 @@ def _spread(wrong: Tensor, worst: tuple[int, int], error: Tensor, allowed: Tenso
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor's values, in their order: equal for equal bits, NaN among them."""
-    return tensor.contiguous().view(torch.uint8)
+    """[*shape, bytes]: the bytes of each value, equal for equal bits, NaN among them."""
+    # flat first: a dimension of one element may have any stride, and a view of bytes wants the last to have stride 1
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    return flat.view(*tensor.shape, tensor.dtype.itemsize)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -112,7 +114,7 @@ def differing(first: Iterable[Output], second: Iterable[Output]) -> str | None:
     for i, (a, b) in enumerate(zip(first, second, strict=True)):
         for name, x, y in (("out", a.out, b.out), ("lse", a.lse, b.lse)):
             if x is not None and y is not None and not same_bits(x, y):
-                rows = (bits(x).reshape(x.shape[0], -1) != bits(y).reshape(x.shape[0], -1)).any(-1)
+                rows = (bits(x).flatten(1) != bits(y).flatten(1)).any(-1)
                 token = int(rows.nonzero()[0]) if rows.any() else -1
                 return f"forward {i}: {int(rows.sum())} of {x.shape[0]} rows of {name} differ, token {token} first"
     return None

@@ -38,7 +38,8 @@ class Emulator(Protocol):
     """A stand-in for hardware, a context in which the backends for it run here.
 
     ``level`` says what it proves: ``isa-emulated`` if the compiled machine code runs, ``contract-emulated`` if our code
-    runs on stand-ins that carry the vendor's operator schemas. ``name`` is what evidence calls the device.
+    runs on stand-ins that carry the vendor's operator schemas. ``name`` is what evidence calls the device. A slow one
+    may have ``max_cases`` too: how many cases a run has at most.
     """
 
     level: str
@@ -70,6 +71,8 @@ class Place:
     name: str
     level: Level
     versions: Mapping[str, str] = field(default_factory=dict)
+    #: positive cases that an emulator has time for, spread over everything there is to show; None for all
+    max_cases: int | None = None
 
 
 @contextmanager
@@ -92,7 +95,15 @@ def _entered(text: str, stack: ExitStack) -> Place:
     stack.enter_context(emulator)
     system = emulator.system()
     name = system.name or emulator.name
-    return Place(text, system, emulator.device(), name, cast(Level, emulator.level), emulator.versions())
+    return Place(
+        text, system, emulator.device(), name, cast(Level, emulator.level), emulator.versions(), _limit(emulator)
+    )
+
+
+def _limit(emulator: Emulator) -> int | None:
+    """The emulator's ``max_cases``, if it has one: an emulator of machine code is slow."""
+    limit: int | None = getattr(emulator, "max_cases", None)
+    return limit
 
 
 def _real(text: str) -> Place:

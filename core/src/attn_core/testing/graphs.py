@@ -12,6 +12,7 @@ bookkeeping and nothing else.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
@@ -212,7 +213,8 @@ class _Watch:
         torch.cuda.synchronize()
         allocations = _allocations()
         profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-        with profile:
+        with warnings.catch_warnings(), profile:
+            warnings.simplefilter("ignore", UserWarning)  # both tools announce that they are young
             torch.cuda.set_sync_debug_mode("error")
             try:
                 yield
@@ -224,7 +226,9 @@ class _Watch:
                 torch.cuda.set_sync_debug_mode("default")
             made = _allocations() - allocations
             torch.cuda.synchronize()
-        events = profile.events() or ()  # type: ignore[no-untyped-call]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            events = profile.events() or ()  # type: ignore[no-untyped-call]
         copies = [event.name for event in events if "DtoH" in event.name]
         self.faults += [f"{made} allocations on the device"] if made else []
         self.faults += [f"{len(copies)} copies from the device to the host ({copies[0]})"] if copies else []

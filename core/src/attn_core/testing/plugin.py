@@ -34,7 +34,7 @@ class Subject:
         self.place: Place = self._stack.enter_context(at(device))
         check_usable(self.ref, self.place)
         self.target = Target(self.ref, self.place.system, self.place.device)
-        self.cases = cases_of(self.ref, self.place, tier, seed)
+        self.cases = cases_of(self.ref, self.place, tier, seed, max_cases=self.place.max_cases)
 
     def close(self) -> None:
         """Leave the device."""
@@ -46,7 +46,9 @@ class Subject:
 
     def report(self, results: list[Result]) -> Report:
         """What the session found, as `verify` reports it."""
-        rows, blames = rows_of(self.ref.manifest, self.place.system, results)
+        rows, blames = rows_of(
+            self.ref.manifest, self.place.system, results, eager_graphs=self.place.device.type == "cpu"
+        )
         facts = evidence.facts(self.ref, self.place)
         seconds = sum(result.seconds for result in results)
         return Report(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Final
@@ -65,25 +65,39 @@ def verify(
     """
     if tier not in TIERS:
         raise UsageError(f"tier {tier!r}", given=tier, accepted=TIERS)
+    if evidence_dir is not None and (case is not None or select or max_cases is not None):
+        raise UsageError("evidence of a part of the cases", hint="leave out case, select and max_cases")
     ref = discover().find(name)
+    device, notes = _stand_in(ref, device)
     begun = time.perf_counter()
     with at(device) as place:
         if ref.dist == IN_PROCESS:
             workers = 1  # other processes do not have what was registered in this one
         check_usable(ref, place)
-        cases = [Case.parse(case)] if case is not None else cases_of(ref, place, tier, seed, select, max_cases)
+        cases = (
+            [Case.parse(case)]
+            if case is not None
+            else cases_of(ref, place, tier, seed, select, max_cases or place.max_cases)
+        )
         probe = device == "cpu" if probe is None else probe
         results = _run(cases, ref, place, workers, probe, progress)
         if tier == "stress" and case is None:
             results += _fuzz(ref, place, seed, progress)
-        report = _report(ref, place, tier, seed, results, time.perf_counter() - begun)
+        report = replace(_report(ref, place, tier, seed, results, time.perf_counter() - begun), notes=notes)
     if junit is not None:
         Path(junit).write_text(junit_xml(report) + "\n", encoding="utf-8")
     if evidence_dir is not None:
-        if case is not None or select or max_cases is not None:
-            raise UsageError("evidence of a part of the cases", hint="leave out case, select and max_cases")
         evidence.write_evidence(evidence_dir, evidence.to_json(report))
     return report
+
+
+def _stand_in(ref: BackendRef, device: str) -> tuple[str, tuple[str, ...]]:
+    """The device, and what to say of it: a backend without a clause for a CPU may have an emulator to run it on one."""
+    own = own_emulators(ref)
+    devices = {name for clause in ref.manifest.clauses for name in clause.devices}
+    if device != "cpu" or devices & {"cpu", "any"} or len(own) != 1:
+        return device, ()
+    return own[0], (f"{ref.listed} has no clause for a CPU: it ran on {own[0]}, which its distribution provides",)
 
 
 def check_usable(ref: BackendRef, place: Place) -> None:
@@ -121,7 +135,9 @@ def _run(
     cases: Sequence[Case], ref: BackendRef, place: Place, workers: int, probe: bool, progress: Progress | None
 ) -> list[Result]:
     results = []
-    if workers > 1:
+    # a broken kernel takes an accelerator's context along, so its cases run in processes that can be replaced
+    accelerated = place.device.type != "cpu" and ref.dist != IN_PROCESS
+    if workers > 1 or accelerated:
         stream = _in_processes(cases, ref.listed, place.text, workers, probe)
     else:
         stream = _in_this_process(cases, Target(ref, place.system, place.device), probe)
@@ -134,14 +150,7 @@ def _run(
 
 
 def _in_this_process(cases: Iterable[Case], target: Target, probe: bool) -> Iterator[Result]:
-    lost = ""
-    for case in cases:
-        if lost:
-            yield Result(case, "not_run", note=f"the device was lost in case {lost}")
-            continue
-        result = run_any(case, target, probe=probe)
-        lost = case.id if _lost_device(result) else ""
-        yield result
+    return (run_any(case, target, probe=probe) for case in cases)
 
 
 def _lost_device(result: Result) -> bool:
@@ -174,37 +183,52 @@ def _work(case_id: str) -> Result:
 
 
 def _in_processes(cases: Sequence[Case], name: str, device: str, workers: int, probe: bool) -> Iterator[Result]:
-    """Results as they come. A process that dies takes its pool along: what was left then runs one at a time."""
+    """Results as they come. A process that lost its device is replaced; after one that died, cases run one by one."""
     left = dict.fromkeys(cases)
-
-    def pool(size: int) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(
-            size, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(name, device, probe)
-        )
-
-    try:
-        with pool(workers) as executor:
-            pending: set[Future[Result]] = {executor.submit(_work, case.id) for case in cases}
-            while pending:
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                for future in done:
-                    result = future.result()
-                    del left[result.case]
-                    yield result
-        return
-    except BrokenProcessPool:
-        print("a worker died; the cases that are left run one by one", file=sys.stderr)
     while left:
-        with pool(1) as executor:
-            for case in list(left):
-                try:
-                    result = executor.submit(_work, case.id).result()
-                except BrokenProcessPool:
-                    result = Result(case, "failed", (Fault("raised", "the process died"),))
-                del left[case]
+        pool = ProcessPoolExecutor(
+            workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(name, device, probe)
+        )
+        try:
+            for result in _from_pool(pool, list(left), one_by_one=workers == 1):
+                del left[result.case]
                 yield result
-                if result.faults and result.faults[0].message == "the process died":
+                if _lost_device(result):
                     break
+        except _DiedError as died:
+            print("a worker process died; the cases that are left run one by one", file=sys.stderr)
+            if died.case is not None:
+                del left[died.case]
+                yield Result(died.case, "failed", (Fault("raised", "the process died"),))
+            workers = 1
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _DiedError(Exception):
+    """A worker process is gone; ``case`` is what it ran, if that is known."""
+
+    def __init__(self, case: Case | None) -> None:
+        super().__init__(case)
+        self.case = case
+
+
+def _from_pool(pool: ProcessPoolExecutor, cases: Sequence[Case], *, one_by_one: bool) -> Iterator[Result]:
+    if one_by_one:
+        for case in cases:
+            try:
+                yield pool.submit(_work, case.id).result()
+            except BrokenProcessPool:
+                raise _DiedError(case) from None
+        return
+    try:
+        pending: set[Future[Result]] = {pool.submit(_work, case.id) for case in cases}
+        while pending:
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+    except BrokenProcessPool:
+        raise _DiedError(None) from None
 
 
 def _fuzz(ref: BackendRef, place: Place, seed: int, progress: Progress | None) -> list[Result]:
@@ -215,7 +239,7 @@ def _fuzz(ref: BackendRef, place: Place, seed: int, progress: Progress | None) -
 
 
 def _report(ref: BackendRef, place: Place, tier: Tier, seed: int, results: Sequence[Result], seconds: float) -> Report:
-    rows, blames = rows_of(ref.manifest, place.system, results)
+    rows, blames = rows_of(ref.manifest, place.system, results, eager_graphs=place.device.type == "cpu")
     facts = evidence.facts(ref, place)
     return Report(ref.name, place.text, place.level, tier, seed, tuple(results), rows, blames, seconds, facts)
 
