@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -13,13 +13,12 @@ import triton
 from attn_core.errors import CheckFailedError
 from attn_core.planning.config import AttentionConfig
 from attn_core.runtime.kv_cache import KVCache
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from attn_triton.chip import Chip
-from attn_triton.launch import Launcher, Launchers
+from attn_triton.launch import Launcher, Launchers, Pointer
 
 #: What these chips have, from their vendors' tables: (multiprocessors, bytes of shared memory for one block).
 CHIPS: Final = {
@@ -47,15 +46,6 @@ class Compiled:
     constants: dict[str, Any]
 
 
-class _Nothing:
-    """Takes the place of a kernel that cannot be launched here."""
-
-    function = packed_metadata = None
-
-    def run(self, *args: Any) -> None:
-        """Launch nothing."""
-
-
 class AheadLaunchers(Launchers):
     """Launchers that compile for ``chip`` and launch nothing; ``compiled`` lists what was."""
 
@@ -75,9 +65,9 @@ class _AheadLauncher(Launcher):
     __slots__ = ("into",)
     into: AheadLaunchers
 
-    def build(self, args: Sequence[Any], odd: frozenset[int]) -> Any:
+    def build(self, args: Sequence[Any], odd: frozenset[int]) -> Callable[..., None]:
         self.into.compiled.append(compile_for(self.into.chip, self, args, odd))
-        return _Nothing()
+        return lambda *launched: None
 
 
 AheadLaunchers.launcher = _AheadLauncher
@@ -120,7 +110,7 @@ def compile_config(config: AttentionConfig, arch: str) -> list[Compiled]:
 
 
 def _type(arg: Any) -> str:
-    if isinstance(arg, Tensor):
+    if isinstance(arg, Pointer):
         return "*" + _TYPES[arg.dtype]
     if hasattr(arg, "block_shape"):  # a descriptor of the copy engine
         return f"tensordesc<{_TYPES[arg.base.dtype]}{list(arg.block_shape)},{arg.layout!r}>"

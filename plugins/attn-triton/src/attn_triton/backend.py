@@ -25,7 +25,7 @@ from attn_triton.route import by_split
 from attn_triton.step import Step, prepare_tree, step_of
 from attn_triton.warm import layers_of, warm_batches, warm_layer
 from attn_triton.workspace import Workspace
-from attn_triton.write import BoundWrite, bind_write, check_rows
+from attn_triton.write import BoundWrite, aligned, bind_write, check_rows
 
 Result = Tensor | tuple[Tensor, Tensor]
 
@@ -210,7 +210,7 @@ class TritonBackend(AttentionBackend):
                 f"layer {bound.layer.layer_id}: {'no keys to store' if k is None else 'keys, and no slots for them'}",
                 accepted="k and v with their slots (a cross layer's: encoder_slot_mapping), or save_kv_cache=False",
             )
-        key = (bound.number, k.dtype, None if v is None else v.dtype)
+        key = (bound.number, k.dtype, None if v is None else v.dtype, aligned(k, v))
         ready: BoundWrite | None = step.bound.get(key)
         if ready is None:
             check_rows(k, v, bound.kind.geometry, slots)

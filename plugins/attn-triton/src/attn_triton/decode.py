@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from torch import Tensor
 
@@ -15,9 +16,10 @@ from attn_triton.partition import BoundMerge, Partition, Partitions
 from attn_triton.step import Step
 from attn_triton.workspace import Workspace
 
-# Positions of the arguments that change from layer to layer.
-Q, K, V, SINKS, OUT, LSE = 0, 1, 2, 8, 9, 10
-Q_TOKEN, Q_HEAD, OUT_TOKEN, OUT_HEAD, SCALE, CAP, V_SCALE = 17, 18, 19, 20, 23, 24, 25
+#: Positions of the arguments that change from layer to layer: q, k, v, sinks, out, lse.
+MOVING: Final = (0, 1, 2, 8, 9, 10)
+#: Token and head strides of q and out; scale, cap and the values' scale.
+STRIDES, SCALES = slice(17, 21), slice(23, 26)
 
 
 @dataclass(slots=True, eq=False)
@@ -30,22 +32,9 @@ class BoundAttend:
     def run(self, q: Tensor, out: Tensor, lse: Tensor | None, bound: BoundLayer, scale: tuple[float, float]) -> None:
         """Whole rows into out and lse, parts into the workspace."""
         attend, layer = self.attend, bound.layer
-        attend.put(Q, q)
-        attend.put(K, bound.k_pool)
-        attend.put(V, bound.v_pool)
-        attend.put(OUT, out)
-        if lse is not None:
-            attend.put(LSE, lse)
-        if layer.sinks is not None:
-            attend.put(SINKS, layer.sinks)
-        q_strides, out_strides = q.stride(), out.stride()
-        attend.set(Q_TOKEN, q_strides[0])
-        attend.set(Q_HEAD, q_strides[1])
-        attend.set(OUT_TOKEN, out_strides[0])
-        attend.set(OUT_HEAD, out_strides[1])
-        attend.set(SCALE, scale[0])
-        attend.set(CAP, scale[1])
-        attend.set(V_SCALE, value_scale(layer))
+        attend.place(q, bound.k_pool, bound.v_pool, layer.sinks, out, lse)
+        attend.values[STRIDES] = (*q.stride()[:2], *out.stride()[:2])
+        attend.values[SCALES] = (*scale, value_scale(layer))
         attend.launch(self.grid)
 
 
@@ -105,6 +94,6 @@ class DecodeKernels:
                 partition.part_lse if lse is None else lse, partition.part_out, partition.part_lse, plan.line,
                 plan.bounds, plan.first, cut.splits, 0, 0, 0, 0, keys.pages.stride(0), kind.window or 0, 1.0, 0.0, 1.0,
             ],
-            moving=(Q, K, V, SINKS, OUT, LSE),
+            moving=MOVING,
         )  # fmt: skip
         return BoundAttend(attend, cut.groups * cut.tiles * geometry.num_kv_heads)

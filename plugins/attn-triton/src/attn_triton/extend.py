@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -17,9 +17,10 @@ from attn_triton.launch import Bound, Launchers
 from attn_triton.parameters import ExtendTile, extend_tile
 from attn_triton.step import Step
 
-# Positions of the arguments that change from layer to layer.
-Q, K, V, SINKS, OUT, LSE = 0, 1, 2, 10, 11, 12
-Q_TOKEN, Q_HEAD, OUT_TOKEN, OUT_HEAD, SCALE, CAP, V_SCALE = 17, 18, 19, 20, 23, 24, 25
+#: Positions of the arguments that change from layer to layer: q, k, v, sinks, out, lse.
+MOVING: Final = (0, 1, 2, 10, 11, 12)
+#: Token and head strides of q and out; scale, cap and the values' scale.
+STRIDES, SCALES = slice(17, 21), slice(23, 26)
 #: Row blocks of the tile map that one program writes.
 MAP_CHUNK = 16
 
@@ -34,22 +35,9 @@ class BoundExtend:
     def run(self, q: Tensor, out: Tensor, lse: Tensor | None, bound: BoundLayer, scale: tuple[float, float]) -> None:
         """out [T, Hq, Dv] (and lse [T, Hq]) of queries q [T, Hq, Dqk] over the layer's pools."""
         attend, layer = self.attend, bound.layer
-        attend.put(Q, q)
-        attend.put(K, bound.k_pool)
-        attend.put(V, bound.v_pool)
-        attend.put(OUT, out)
-        if lse is not None:
-            attend.put(LSE, lse)
-        if layer.sinks is not None:
-            attend.put(SINKS, layer.sinks)
-        q_strides, out_strides = q.stride(), out.stride()
-        attend.set(Q_TOKEN, q_strides[0])
-        attend.set(Q_HEAD, q_strides[1])
-        attend.set(OUT_TOKEN, out_strides[0])
-        attend.set(OUT_HEAD, out_strides[1])
-        attend.set(SCALE, scale[0])
-        attend.set(CAP, scale[1])
-        attend.set(V_SCALE, value_scale(layer))
+        attend.place(q, bound.k_pool, bound.v_pool, layer.sinks, out, lse)
+        attend.values[STRIDES] = (*q.stride()[:2], *out.stride()[:2])
+        attend.values[SCALES] = (*scale, value_scale(layer))
         attend.launch(self.grid)
 
 
@@ -136,7 +124,7 @@ class ExtendKernels:
                 0 if rows.spans is None else rows.spans.shape[1], 0, 0, 0, 0, 0 if rows.pages is None else rows.pages.stride(0),
                 kind.window or 0, 1.0, 0.0, 1.0,
             ],
-            moving=(Q, K, V, SINKS, OUT, LSE),
+            moving=MOVING,
         )  # fmt: skip
         programs = (blocks if tile_map is not None else blocks * rows.batch) * geometry.num_kv_heads
         return BoundExtend(attend, programs)

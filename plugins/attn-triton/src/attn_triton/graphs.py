@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from attn_core.errors import BatchError, CapacityError, ConfigError
@@ -20,8 +20,9 @@ from attn_triton.workspace import Workspace
 
 #: Page ids or slots that a program copies at a time.
 COPY_CHUNK = 128
-# Positions of the sources among the arguments of the refresh kernel, and of their strides.
-LENGTHS, STARTS, PAGES, SLOTS, TREE, ENCODER_LENGTHS, ENCODER_PAGES = 0, 2, 4, 6, 8, 11, 13
+#: Positions of the sources among the arguments of the refresh kernel: lengths, starts, pages, slots, tree, encoder's.
+MOVING: Final = (0, 2, 4, 6, 8, 11, 13)
+#: Row strides of the two page tables that are copied.
 PAGES_STRIDE, ENCODER_STRIDE = 17, 19
 
 
@@ -40,38 +41,43 @@ class Captured:
                 f"a replay with sequences of {batch.max_seq_len} tokens, {batch.max_query_len} new",
                 accepted=f"at most {step.own.most}, {step.max_query_len} new, as captured",
             )
-        refresh.put(LENGTHS, batch.seq_lens)
-        refresh.put(STARTS, batch.query_start_loc)
-        refresh.put(PAGES, batch.page_table)
-        refresh.put(SLOTS, batch.slot_mapping)
-        refresh.set(PAGES_STRIDE, batch.page_table.stride(0))
-        if step.tree is not None:
-            if (
-                batch.tree is None
-                or not batch.tree.visible.is_contiguous()
-                or batch.tree.visible.shape != step.tree.shape
-            ):
-                raise BatchError(
-                    "a replay without the tree that was captured",
-                    accepted=f"a contiguous tree {tuple(step.tree.shape)}",
-                )
-            refresh.put(TREE, batch.tree.visible.view(torch.uint8))
-        if step.encoder is not None:
-            if batch.encoder_seq_lens is None or batch.encoder_page_table is None:
-                raise BatchError(
-                    "a replay without the encoder that was captured", accepted="encoder_seq_lens and encoder_page_table"
-                )
-            if batch.max_encoder_seq_len > step.encoder.most:
-                raise CapacityError(
-                    f"a replay with encoders of {batch.max_encoder_seq_len} tokens",
-                    accepted=f"at most {step.encoder.most}, as captured",
-                )
-            refresh.put(ENCODER_LENGTHS, batch.encoder_seq_lens)
-            refresh.put(ENCODER_PAGES, batch.encoder_page_table)
-            refresh.set(ENCODER_STRIDE, batch.encoder_page_table.stride(0))
+        tree = self._tree(batch)
+        encoder_lengths, encoder_pages = self._encoder(batch)
+        refresh.place(
+            batch.seq_lens, batch.query_start_loc, batch.page_table, batch.slot_mapping, tree, encoder_lengths, encoder_pages
+        )  # fmt: skip
+        refresh.values[PAGES_STRIDE] = batch.page_table.stride(0)
+        if encoder_pages is not None:
+            refresh.values[ENCODER_STRIDE] = encoder_pages.stride(0)
         refresh.launch(step.batch_size)
         for schedule in step.schedules.values():
             schedule.run()
+
+    def _tree(self, batch: ForwardBatch) -> Tensor | None:
+        wanted = self.step.tree
+        if wanted is None:
+            return None
+        tree = None if batch.tree is None else batch.tree.visible
+        if tree is None or not tree.is_contiguous() or tree.shape != wanted.shape:
+            raise BatchError(
+                "a replay without the tree that was captured", accepted=f"a contiguous tree {tuple(wanted.shape)}"
+            )
+        return tree.view(torch.uint8)
+
+    def _encoder(self, batch: ForwardBatch) -> tuple[Tensor | None, Tensor | None]:
+        wanted = self.step.encoder
+        if wanted is None:
+            return None, None
+        if batch.encoder_seq_lens is None or batch.encoder_page_table is None:
+            raise BatchError(
+                "a replay without the encoder that was captured", accepted="encoder_seq_lens and encoder_page_table"
+            )
+        if batch.max_encoder_seq_len > wanted.most:
+            raise CapacityError(
+                f"a replay with encoders of {batch.max_encoder_seq_len} tokens",
+                accepted=f"at most {wanted.most}, as captured",
+            )
+        return batch.encoder_seq_lens, batch.encoder_page_table
 
 
 class GraphBuffers:
@@ -172,7 +178,7 @@ class GraphBuffers:
             *_pair(_lengths(like.encoder), _lengths(encoder), none), *_pair(_pages(like.encoder), _pages(encoder), none),
             step.batch_size, step.num_tokens, 0, step.own.pages.stride(0), 0, 0 if encoder is None else encoder.pages.stride(0),
         ]  # fmt: skip
-        return Bound(launcher, args, moving=(LENGTHS, STARTS, PAGES, SLOTS, TREE, ENCODER_LENGTHS, ENCODER_PAGES))
+        return Bound(launcher, args, moving=MOVING)
 
 
 def form(batch: ForwardBatch) -> tuple[Any, int, int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from attn_triton.chip import Chip
 from attn_triton.geometry import Geometry, Strides
-from attn_triton.hopper_mla import box_layout
+from attn_triton.hopper_mla import box_layout, gluon_known
 from attn_triton.kinds import BoundLayer, Kind, value_scale
 from attn_triton.launch import Bound, Launchers
 from attn_triton.parameters import FORCED, ExtendTile
@@ -24,9 +23,10 @@ if TYPE_CHECKING:
 TILE: Final = ExtendTile(block_m=128, block_n=128, warps=8, stages=2, by_head=True)
 HEAD_WIDTH: Final = 128
 
-# Positions of the arguments that change from layer to layer.
-Q, K_POOL, V_POOL, OUT, LSE = 0, 1, 2, 6, 7
-Q_TOKEN, Q_HEAD, OUT_TOKEN, OUT_HEAD, SCALE, V_SCALE = 11, 12, 13, 14, 16, 17
+#: Positions of the arguments that change from layer to layer: q, out, lse.
+MOVING: Final = (0, 6, 7)
+#: The descriptors of the pools; token and head strides of q and out; scale and the values' scale.
+POOLS, STRIDES, SCALES = slice(1, 3), slice(11, 15), slice(16, 18)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ def takes(chip: Chip, kind: Kind, rows: Rows) -> bool:
     )
     plain = kind.window is None and not kind.has_cap and kind.sinks is None
     simple = rows.causal and rows.tree is None and rows.spans is None
-    return fits and plain and simple and chip.sm == 90 and FORCED.get("gluon", True) and available()
+    return fits and plain and simple and chip.sm == 90 and FORCED.get("gluon", True) and gluon_known()
 
 
 def place_of(geometry: Geometry, strides: Strides) -> Place | None:
@@ -65,16 +65,6 @@ def place_of(geometry: Geometry, strides: Strides) -> Place | None:
     if strides == Strides(heads * page * width, width, page * width):  # HND
         return Place(heads * page, page, 0, width)
     return None
-
-
-@functools.cache
-def available() -> bool:
-    """Whether this Triton has the Gluon that the kernel is written in."""
-    try:
-        from attn_triton.kernels import gluon_extend  # noqa: F401
-    except (ImportError, AttributeError):
-        return False
-    return True
 
 
 @dataclass(slots=True, eq=False)
@@ -94,18 +84,10 @@ class BoundGluonExtend:
         if pools is None:
             pools = (boxes(bound.k_pool, self.place, self.box), boxes(bound.v_pool, self.place, self.box))
             self.pools[layer.layer_id] = pools
-        attend.put(Q, q)
-        attend.values[K_POOL], attend.values[V_POOL] = pools
-        attend.put(OUT, out)
-        if lse is not None:
-            attend.put(LSE, lse)
-        q_strides, out_strides = q.stride(), out.stride()
-        attend.set(Q_TOKEN, q_strides[0])
-        attend.set(Q_HEAD, q_strides[1])
-        attend.set(OUT_TOKEN, out_strides[0])
-        attend.set(OUT_HEAD, out_strides[1])
-        attend.set(SCALE, scale[0])
-        attend.set(V_SCALE, value_scale(layer))
+        attend.place(q, out, lse)
+        attend.values[POOLS] = pools
+        attend.values[STRIDES] = (*q.stride()[:2], *out.stride()[:2])
+        attend.values[SCALES] = (scale[0], value_scale(layer))
         attend.launch(self.grid)
 
 
@@ -141,7 +123,7 @@ def bind(
             out, rows.starts if lse is None else lse, rows.starts if tile_map is None else tile_map, rows.batch, blocks,
             0, 0, 0, 0, rows.pages.stride(0), 1.0, 1.0,
         ],
-        moving=(Q, OUT, LSE),
+        moving=MOVING,
     )  # fmt: skip
     programs = (blocks if tile_map is not None else blocks * rows.batch) * geometry.num_kv_heads
     return BoundGluonExtend(attend, programs, place, box, {})

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+import triton
 from torch import Tensor
 
 from attn_triton.chip import Chip
@@ -21,10 +22,13 @@ if TYPE_CHECKING:
 #: What the kernel is written for: 64 rows, 64 keys, 8 + 4 warps, two tiles in flight; pieces of at least four tiles.
 TILE: Final = DecodeTile(block_m=64, block_n=64, warps=8, stages=2, per_sm=1, least_blocks=4)
 WIDTH, VALUE_WIDTH = 576, 512
+#: The releases of Triton whose Gluon the kernels are written in; with others the plain kernels run.
+GLUON_SERIES: Final = "3.6."
 
-# Positions of the arguments that change from layer to layer.
-Q_NOPE, Q_ROPE, NOPE, ROPE, OUT, LSE = 0, 1, 2, 3, 7, 8
-OUT_TOKEN, OUT_HEAD, SCALE, V_SCALE = 15, 16, 18, 19
+#: Positions of the arguments that change from layer to layer: out, lse.
+MOVING: Final = (7, 8)
+#: The descriptors of queries and pool; token and head stride of out; scale and the values' scale.
+BOXES, STRIDES, SCALES = slice(0, 4), slice(15, 17), slice(18, 20)
 
 
 def takes(chip: Chip, kind: Kind, step: Step | None) -> bool:
@@ -45,18 +49,8 @@ def takes(chip: Chip, kind: Kind, step: Step | None) -> bool:
         and chip.sm == 90
         and (step is None or step.tree is None)
         and FORCED.get("gluon", True)
-        and available()
+        and gluon_known()
     )
-
-
-@functools.cache
-def available() -> bool:
-    """Whether this Triton has the Gluon that the kernel is written in."""
-    try:
-        from attn_triton.kernels import gluon_mla  # noqa: F401
-    except (ImportError, AttributeError):
-        return False
-    return True
 
 
 @dataclass(slots=True, eq=False)
@@ -73,16 +67,10 @@ class BoundMla:
         pool = self.pools.get(bound.layer.layer_id)
         if pool is None:
             pool = self.pools[bound.layer.layer_id] = boxes(bound.k_pool)
-        attend.values[Q_NOPE], attend.values[Q_ROPE] = boxes(q)
-        attend.values[NOPE], attend.values[ROPE] = pool
-        attend.put(OUT, out)
-        if lse is not None:
-            attend.put(LSE, lse)
-        strides = out.stride()
-        attend.set(OUT_TOKEN, strides[0])
-        attend.set(OUT_HEAD, strides[1])
-        attend.set(SCALE, scale[0])
-        attend.set(V_SCALE, value_scale(bound.layer))
+        attend.place(out, lse)
+        attend.values[BOXES] = (*boxes(q), *pool)
+        attend.values[STRIDES] = out.stride()[:2]
+        attend.values[SCALES] = (scale[0], value_scale(bound.layer))
         attend.launch(self.grid)
 
 
@@ -110,7 +98,7 @@ def bind(
             partition.part_lse if lse is None else lse, partition.part_out, partition.part_lse, plan.line, plan.bounds,
             plan.first, cut.splits, 0, 0, keys.pages.stride(0), 1.0, 1.0,
         ],
-        moving=(OUT, LSE),
+        moving=MOVING,
     )  # fmt: skip
     return BoundMla(attend, cut.groups * cut.tiles, {})
 
@@ -122,6 +110,14 @@ def boxes(rows: Tensor) -> tuple[Any, Any]:
     flat = rows.reshape(-1, WIDTH)
     layout = box_layout()
     return tuple(TensorDescriptor(flat, list(flat.shape), [WIDTH, 1], [64, n], layout) for n in (VALUE_WIDTH, 64))
+
+
+@functools.cache
+def gluon_known() -> bool:
+    """Whether this Triton has the Gluon that our kernels were checked with: the language is experimental, and its names
+    and their meaning change with every release.
+    """
+    return bool(triton.__version__.startswith(GLUON_SERIES))
 
 
 @functools.cache

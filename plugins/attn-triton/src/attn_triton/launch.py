@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import torch
+import triton
 from attn_core.errors import KernelError
 from torch import Tensor
+
+#: The releases of Triton whose compiled launcher takes its arguments in the order that `direct` gives them.
+DIRECT_SERIES: Final = "3.6."
 
 
 def current_stream(device: torch.device) -> Callable[[], int]:
@@ -21,6 +25,19 @@ def current_stream(device: torch.device) -> Callable[[], int]:
 def interpreted(kernel: Any) -> bool:
     """Whether Triton's interpreter runs ``kernel`` (TRITON_INTERPRET=1 when it was defined)."""
     return type(kernel).__name__ == "InterpretedFunction"
+
+
+class Pointer:
+    """An address that Triton takes for a tensor: all it asks of one is its dtype and its address."""
+
+    __slots__ = ("_address", "dtype")
+
+    def __init__(self, dtype: torch.dtype, address: int) -> None:
+        self.dtype = dtype
+        self._address = address
+
+    def data_ptr(self) -> int:
+        return self._address
 
 
 class Launcher:
@@ -47,90 +64,98 @@ class Launcher:
         assert len(self.constants) == len(constants), f"{set(constants) - set(names)} are no parameters of {self.name}"
         self.tail = tuple(self.constants.values())
         leading = names[: -len(self.tail)]
-        assert names[len(leading) :] == tuple(self.constants), (
-            f"{self.name}: constants come last, and all of them are given"
-        )
+        assert names[len(leading) :] == tuple(self.constants), f"{self.name}: constants come last, all of them given"
         fixed = set() if self.interpreted else {p.name for p in kernel.params if p.do_not_specialize}
         #: positions of the arguments whose divisibility by 16 a compiled kernel may rely on
         self.specialised = frozenset(i for i, name in enumerate(leading) if name not in fixed)
-        self._variants: dict[frozenset[int], Any] = {}
+        self._variants: dict[frozenset[int], Callable[..., None]] = {}
 
-    def compiled(self, args: Sequence[Any], odd: frozenset[int]) -> Any:
-        """The kernel for arguments like these, of which those at ``odd`` are no multiples of 16. Raises KernelError."""
+    def compiled(self, args: Sequence[Any], values: Sequence[Any]) -> Callable[..., None]:
+        """What launches the kernel for arguments like ``args``, whose addresses and numbers are ``values``.
+
+        Raises KernelError with Triton's cause.
+        """
+        odd = frozenset(i for i in self.specialised if values[i] % 16)
         found = self._variants.get(odd)
         if found is None:
+            now = [Pointer(a.dtype, v) if isinstance(a, Tensor) else v for a, v in zip(args, values, strict=True)]
             try:
-                found = self.build(args, odd)
+                found = self._variants[odd] = self.build(now, odd)
             except Exception as error:
                 raise KernelError(
                     f"{self.name} does not compile or load here: {type(error).__name__}: {error}",
                     hint="report it with the layer's dimensions and the device; another backend may serve it",
                 ) from error
-            self._variants[odd] = found
         return found
 
-    def build(self, args: Sequence[Any], odd: frozenset[int]) -> Any:
+    def build(self, args: Sequence[Any], odd: frozenset[int]) -> Callable[..., None]:
         """Compile for the current device, and load."""
-        compiled = self.kernel.run(*args, **self.constants, **self.options, grid=(1,), warmup=True)
-        compiled = compiled.result() if hasattr(compiled, "result") else compiled
-        compiled._init_handles()
-        return compiled
-
-    def odd(self, values: Sequence[Any]) -> frozenset[int]:
-        """Positions of the specialised arguments that are no multiples of 16."""
-        return frozenset(i for i in self.specialised if values[i] % 16)
+        kernel = self.kernel.run(*args, **self.constants, **self.options, grid=(1,), warmup=True)
+        return direct(kernel.result() if hasattr(kernel, "result") else kernel)
 
     def __call__(self, grid: tuple[int, int], args: Sequence[Any]) -> None:
         """Launch a grid with tensors and numbers, on the current stream."""
         Bound(self, args).launch(*grid)
 
 
+def direct(kernel: Any) -> Callable[..., None]:
+    """``launch(x, y, stream, *arguments)`` of a compiled kernel, past the parts of Triton's launcher that it does not need."""
+    kernel._init_handles()
+    run, function, packed = kernel.run, kernel.function, kernel.packed_metadata
+    scratch = getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1)
+    if triton.__version__.startswith(DIRECT_SERIES) and hasattr(run, "launch") and not scratch:
+        launch, cooperative, pdl = run.launch, run.launch_cooperative_grid, run.launch_pdl
+
+        def call(x: int, y: int, stream: int, *args: Any) -> None:
+            launch(x, y, 1, stream, function, cooperative, pdl, None, None, packed, None, None, None, *args)
+
+        return call
+    return lambda x, y, stream, *args: run(x, y, 1, stream, function, packed, None, None, None, *args)
+
+
 class Bound:
-    """A launcher with its arguments. ``values`` are what the driver takes: replace entries named ``moving`` between
-    launches.
+    """A launcher with its arguments. Those at ``moving`` are tensors that change from launch to launch, dtypes kept.
+
+    ``values`` are what the driver takes; numbers that are not specialised may be replaced there.
     """
 
-    __slots__ = ("_args", "_fast", "_launcher", "_moving", "_static_odd", "values")
+    __slots__ = ("_aligned", "_args", "_fast", "_launcher", "_moving", "values")
 
     def __init__(self, launcher: Launcher, args: Sequence[Any], moving: tuple[int, ...] = ()) -> None:
         self._launcher = launcher
         self._args = list(args)
         self.values: list[Any] = [a.data_ptr() if isinstance(a, Tensor) else a for a in args]
-        self._moving = tuple(i for i in moving if i in launcher.specialised)
-        self._static_odd = launcher.odd(self.values) - set(self._moving)
-        self._fast: Any = None
+        self._moving = moving
+        self._fast: Callable[..., None] | None = None
+        self._aligned = not any(self.values[i] % 16 for i in moving)
 
-    def put(self, position: int, tensor: Tensor) -> None:
-        """Another tensor of the same dtype in a ``moving`` place."""
-        self.values[position] = tensor.data_ptr()
-        self._args[position] = tensor
-
-    def set(self, position: int, number: float) -> None:
-        """Another number in a place that is not specialised."""
-        self.values[position] = self._args[position] = number
+    def place(self, *tensors: Tensor | None) -> None:
+        """The tensors of this launch in the ``moving`` places; None leaves a place that the kernel does not look at."""
+        values, bits = self.values, 0
+        for i, tensor in zip(self._moving, tensors, strict=True):
+            if tensor is not None:
+                values[i] = address = tensor.data_ptr()
+                bits |= address
+        self._aligned = not bits & 15
+        if self._launcher.interpreted:
+            for i, tensor in zip(self._moving, tensors, strict=True):
+                self._args[i] = self._args[i] if tensor is None else tensor
 
     def launch(self, x: int, y: int = 1) -> None:
         """Launch a grid (x, y) on the current stream."""
-        launcher = self._launcher
+        launcher, values = self._launcher, self.values
         if not x:
             return
         if launcher.interpreted:
-            launcher.kernel[(x, y)](*self._args, **launcher.constants)
+            args = [a if isinstance(a, Tensor) else v for a, v in zip(self._args, values, strict=True)]
+            launcher.kernel[(x, y)](*args, **launcher.constants)
             return
-        values = self.values
-        bits = 0
-        for i in self._moving:
-            bits |= values[i]
-        compiled = self._fast
-        if bits & 15 or compiled is None:
-            odd = self._static_odd.union(i for i in self._moving if values[i] % 16)
-            compiled = launcher.compiled(self._args, odd)
-            if not bits & 15:
-                self._fast = compiled
-        stream = launcher.stream()
-        compiled.run(
-            x, y, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *values, *launcher.tail
-        )
+        call = self._fast
+        if call is None or not self._aligned:
+            call = launcher.compiled(self._args, values)
+            if self._aligned:
+                self._fast = call
+        call(x, y, launcher.stream(), *values, *launcher.tail)
 
 
 class Launchers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -18,8 +19,10 @@ from attn_triton.split import Cut, cut_keys
 from attn_triton.step import Keys, Step
 from attn_triton.workspace import Workspace
 
-# Positions of the arguments of the merge that change from layer to layer.
-OUT, LSE, OUT_TOKEN, OUT_HEAD = 2, 3, 10, 11
+#: Positions of the arguments of the merge that change from layer to layer: out, lse.
+MOVING: Final = (2, 3)
+#: Token and head stride of out.
+STRIDES = slice(10, 12)
 
 
 @dataclass(slots=True, eq=False)
@@ -63,13 +66,9 @@ class BoundMerge:
 
     def run(self, out: Tensor, lse: Tensor | None) -> None:
         """Fill the rows of out [T, Hq, Dv] and lse [T, Hq] whose keys were split."""
-        bound, strides = self.bound, out.stride()
-        bound.put(OUT, out)
-        if lse is not None:
-            bound.put(LSE, lse)
-        bound.set(OUT_TOKEN, strides[0])
-        bound.set(OUT_HEAD, strides[1])
-        bound.launch(*self.grid)
+        self.bound.place(out, lse)
+        self.bound.values[STRIDES] = out.stride()[:2]
+        self.bound.launch(*self.grid)
 
 
 class Partitions:
@@ -177,7 +176,7 @@ class Partitions:
                 keys.lengths, step.starts, out, partition.part_lse if lse is None else lse, partition.part_out,
                 partition.part_lse, plan.line, plan.bounds, plan.owners, cut.splits, 0, 0, kind.window or 0,
             ],
-            moving=(OUT, LSE),
+            moving=MOVING,
         )  # fmt: skip
         return BoundMerge(bound, (step.batch_size * geometry.num_kv_heads * cut.tiles, -(-rows // row_tile)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from attn_core.errors import BatchError, ConfigError
 from attn_core.runtime.layer import AttentionLayer
+import torch
 from torch import Tensor
 
 from attn_triton.extend import ExtendKernels, Rows
@@ -36,15 +37,16 @@ def attend_rows(
             f"k {tuple(k.shape)} and v {tuple(v.shape)}",
             accepted=f"{wanted[0]} and {wanted[1]}, the last dimension contiguous",
         )
+    starts, key_starts = query_start_loc.to(torch.int32), key_start_loc.to(torch.int32)
     kind = kind_of(layer, Geometry.of_rows(layer, k, v, q.dtype))
     rows = Rows(
         batch=query_start_loc.shape[0] - 1,
         num_tokens=q.shape[0],
         max_query_len=max_query_len,
-        starts=query_start_loc,
+        starts=starts,
         lengths=None,
         pages=None,
-        key_starts=key_start_loc,
+        key_starts=key_starts,
         causal=causal,
     )
     bound = BoundLayer(layer, kind, -1, k, v)

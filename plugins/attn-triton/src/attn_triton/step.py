@@ -88,7 +88,7 @@ def step_of(batch: ForwardBatch) -> Step:
         encoder=encoder,
         encoder_slots=batch.encoder_slot_mapping,
         tree=tree,
-        spans=None if batch.spans is None or not batch.spans.shape[1] else batch.spans.contiguous(),
+        spans=None if batch.spans is None or not batch.spans.shape[1] else batch.spans.to(torch.int32).contiguous(),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from attn_core.errors import BatchError
 from torch import Tensor
@@ -12,9 +13,10 @@ from attn_triton.kernels.write import write_kernel
 from attn_triton.kinds import BoundLayer
 from attn_triton.launch import Bound, Launchers
 
-# Positions of the arguments that change from layer to layer.
-K, V, K_POOL, V_POOL = 0, 1, 3, 4
-K_SCALE, V_SCALE, K_TOKEN, K_HEAD, V_TOKEN, V_HEAD = 6, 7, 8, 9, 10, 11
+#: Positions of the arguments that change from layer to layer: k, v and their pools.
+MOVING: Final = (0, 1, 3, 4)
+#: Scales, and token and head strides of k and v.
+NUMBERS = slice(6, 12)
 #: Elements of keys that one program stores.
 PROGRAM_ELEMENTS = 2048
 
@@ -29,17 +31,9 @@ class BoundWrite:
     def run(self, k: Tensor, v: Tensor | None, layer: BoundLayer) -> None:
         """Store k [T, Hkv, Dk] and v [T, Hkv, Dv] (None for MLA) at the slots this was bound to."""
         bound, values = self.bound, k if v is None else v
-        bound.put(K, k)
-        bound.put(V, values)
-        bound.put(K_POOL, layer.k_pool)
-        bound.put(V_POOL, layer.v_pool)
-        k_strides, v_strides = k.stride(), values.stride()
-        bound.set(K_SCALE, float(layer.layer.k_scale))
-        bound.set(V_SCALE, float(layer.layer.v_scale))
-        bound.set(K_TOKEN, k_strides[0])
-        bound.set(K_HEAD, k_strides[1])
-        bound.set(V_TOKEN, v_strides[0])
-        bound.set(V_HEAD, v_strides[1])
+        bound.place(k, values, layer.k_pool, layer.v_pool)
+        scales = (float(layer.layer.k_scale), float(layer.layer.v_scale))
+        bound.values[NUMBERS] = (*scales, *k.stride()[:2], *values.stride()[:2])
         bound.launch(self.grid)
 
 
@@ -52,12 +46,20 @@ def bind_write(launchers: Launchers, layer: BoundLayer, k: Tensor, v: Tensor | N
     constants = {
         **geometry.pool_constants(), "TOKENS": tokens, "HKV": geometry.num_kv_heads, "HEADS": heads, "D": geometry.qk_dim,
         "D_PADDED": padded, "DV": geometry.v_dim, "V_PADDED": v_padded, "HAS_V": v is not None, "LIMIT": geometry.fp8_limit,
-        "PDL": launchers.dependent,
+        "ALIGNED": aligned(k, v), "PDL": launchers.dependent,
     }  # fmt: skip
     values = k if v is None else v
     launcher = launchers.get(write_kernel, constants, {"num_warps": 4}, (k.dtype, values.dtype, geometry.kv_dtype))
     args = [k, values, slots, layer.k_pool, layer.v_pool, slots.shape[0], 1.0, 1.0, 0, 0, 0, 0]
-    return BoundWrite(Bound(launcher, args, moving=(K, V, K_POOL, V_POOL)), -(-slots.shape[0] // tokens))
+    return BoundWrite(Bound(launcher, args, moving=MOVING), -(-slots.shape[0] // tokens))
+
+
+def aligned(k: Tensor, v: Tensor | None) -> bool:
+    """Whether rows can be read in wide pieces: all strides are multiples of 16 elements."""
+    strides = k.stride()[0] | k.stride()[1]
+    if v is not None:
+        strides |= v.stride()[0] | v.stride()[1]
+    return not strides & 15
 
 
 def check_rows(k: Tensor, v: Tensor | None, geometry: Geometry, slots: Tensor) -> None:

@@ -39,7 +39,7 @@ def rows_of(
     """The rows of the boxes of a tile, as a tuple of BOXES, so that their loads are under way together."""
     rows = (row_of(page_row, key, last_page, first_row, PAGE, ROWS_PAGE),)
     for j in gl.static_range(1, BOXES):
-        rows = rows + (row_of(page_row, key + j * BOX, last_page, first_row, PAGE, ROWS_PAGE),)  # noqa: RUF005
+        rows = rows + (row_of(page_row, key + j * BOX, last_page, first_row, PAGE, ROWS_PAGE),)  # type: ignore[assignment]  # noqa: RUF005
     return rows
 
 
