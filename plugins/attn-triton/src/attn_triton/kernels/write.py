@@ -64,11 +64,11 @@ def write_kernel(
     PDL: tl.constexpr,
 ):
     """Grid (count / TOKENS). A slot of -1 is not written. ALIGNED: the strides of K and V are multiples of 16."""
-    if ALIGNED:
-        k_token = tl.multiple_of(k_token, [16])
-        k_head = tl.multiple_of(k_head, [16])
-        v_token = tl.multiple_of(v_token, [16])
-        v_head = tl.multiple_of(v_head, [16])
+    if ALIGNED:  # said so that the compiler sees it
+        k_token = k_token // 16 * 16
+        k_head = k_head // 16 * 16
+        v_token = v_token // 16 * 16
+        v_head = v_head // 16 * 16
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     slot = tl.load(SLOTS + tokens, mask=tokens < count, other=-1)
     live = slot >= 0
