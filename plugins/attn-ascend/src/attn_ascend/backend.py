@@ -44,7 +44,7 @@ class AscendBackend(AttentionBackend):
         self.operators = vendor.load(kv_cache.device.type)
         check_cache(kv_cache)
         warn_of_copies(kv_cache)
-        self.graphs = GraphTasks(self.operators)
+        self.graphs = GraphTasks(self.operators, torch.npu if kv_cache.device.type == "npu" else None)  # type: ignore[attr-defined]
         self._checked: set[tuple[int, bool]] = set()
         self._graph_steps: dict[tuple[str, int, int], Step] = {}
         self._table: Tensor | None = None

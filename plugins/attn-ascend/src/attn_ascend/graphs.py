@@ -49,11 +49,14 @@ class Task:
 
 
 class GraphTasks:
-    """All calls captured by one backend, by graph. Their buffers live as long as this object."""
+    """All calls captured by one backend, by graph. Their buffers live as long as this object.
 
-    def __init__(self, operators: Operators, npu: NpuApi | None = None) -> None:
+    ``npu`` None: the tensors are on no card, and nothing is ever being captured.
+    """
+
+    def __init__(self, operators: Operators, npu: NpuApi | None) -> None:
         self._operators = operators
-        self._npu: NpuApi | None = npu if npu is not None else getattr(torch, "npu", None)
+        self._npu = npu
         self._tasks: dict[GraphKey, list[Task]] = {}
         self._workspaces: dict[tuple[object, ...], Tensor] = {}
         self._update_stream: Any = None
