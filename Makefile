@@ -71,7 +71,7 @@ pytest: setup $(PLUGIN_SETUP)
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict $(wildcard core/src/attn_core $(addsuffix /src/*,$(PLUGINS)))
+	$(BIN)/mypy --strict $(wildcard core/src/attn_core $(addsuffix /src/*,$(PLUGINS))) docs/generate.py
 	$(BIN)/lint-imports --no-cache
 
 format: setup
