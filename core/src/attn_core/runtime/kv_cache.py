@@ -130,10 +130,13 @@ class KVCache:
         An fp8 cache stores value / scale, saturated. No host synchronisation: a row of -1 rewrites slot 0, which lies
         in the null page, with what is there.
         """
-        _scatter(self.k_nhd(layer.layer_id), slot_mapping, k, layer.k_scale, self.page_size)
+        skip = (slot_mapping < 0)[:, None, None]
+        slots = slot_mapping.clamp(min=0)
+        page, offset = slots // self.page_size, slots % self.page_size
+        _scatter(self.k_nhd(layer.layer_id), page, offset, skip, k, layer.k_scale)
         value = self._v[layer.layer_id]
         if value is not None and v is not None:
-            _scatter(_as_nhd(value, self.layout), slot_mapping, v, layer.v_scale, self.page_size)
+            _scatter(_as_nhd(value, self.layout), page, offset, skip, v, layer.v_scale)
 
     def with_page_size(self, page_size: int) -> KVCache:
         """The same memory seen in smaller pages: page p of n tokens becomes pages p*r to p*r+r-1, r = n / page_size.
@@ -241,15 +244,15 @@ def _split_pages(tensor: Tensor, ratio: int) -> Tensor:
     )
 
 
-def _scatter(pool: Tensor, slots: Tensor, rows: Tensor, scale: float, page_size: int) -> None:
-    """pool [pages, page_size, H, D] at slots [T] becomes rows [T, H, D] / scale, saturated to the pool's dtype."""
+def _scatter(pool: Tensor, page: Tensor, offset: Tensor, skip: Tensor, rows: Tensor, scale: float) -> None:
+    """pool [pages, page_size, H, D] at page, offset [T] becomes rows [T, H, D] / scale, saturated to the pool's dtype.
+
+    Where ``skip`` [T, 1, 1] holds, page and offset are 0 and what is there stays.
+    """
     if pool.dtype in FP8_DTYPES:
         limit = torch.finfo(pool.dtype).max
         rows = (rows.float() / scale).clamp(-limit, limit).to(pool.dtype).view(torch.uint8)
         pool = pool.view(torch.uint8)
     else:
         rows = rows.to(pool.dtype)
-    skip = slots < 0
-    safe = slots.clamp(min=0)
-    rows = torch.where(skip[:, None, None], pool[0, 0], rows)
-    pool[safe // page_size, safe % page_size] = rows
+    pool[page, offset] = torch.where(skip, pool[0, 0], rows)

@@ -14,7 +14,6 @@ from typing import Final
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
 from attn_core.runtime.batch import ForwardBatch
 from attn_core.runtime.kv_cache import FP8_DTYPES, KVCache
@@ -26,8 +25,11 @@ from attn_core.runtime.torch_native.step import missing_encoder
 
 #: Tokens in a block: long enough for a matrix product, short enough to waste little at the end of a request.
 BLOCK: Final = 128
-#: Bytes of keys gathered at a time, to be read again while they are in the processor's cache.
-GATHER_BYTES: Final = 2 << 20
+#: Bytes of keys gathered at a time: they are read again from the processor's cache, and the allocator keeps the memory
+#: (glibc gives larger blocks back to the system every time, and the page faults cost more than the attention).
+GATHER_BYTES: Final = 3 << 18
+#: ``mode`` of embedding_bag: the sum of a bag's rows.
+_SUM: Final = 0
 #: Scores held at a time, in elements.
 SCORE_ELEMENTS: Final = 1 << 24
 #: Above this many query heads a KV head, a product over gathered values beats reading them in place once per head.
@@ -49,6 +51,7 @@ class Blocks:
     num_requests: int
     rows: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
     bags: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    pieces: dict[tuple[int, ...], tuple[Tensor, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, seq_lens: Tensor, page_table: Tensor, page_size: int, window: int | None) -> Blocks:
@@ -77,17 +80,23 @@ class Blocks:
     def rows_of(self, table: RowTable) -> Tensor:
         """[n, H, BLOCK]: the rows of ``table`` that hold the keys; the same for all layers of one layout."""
         if table.layout not in self.rows:
-            self.rows[table.layout] = table.index(self.pages, self.offsets)
+            dtype = torch.int32 if table.rows.shape[0] < 1 << 31 else torch.int64
+            self.rows[table.layout] = table.index(self.pages, self.offsets).to(dtype)
         return self.rows[table.layout]
+
+    def pieces_of(self, table: RowTable, at_once: int) -> tuple[Tensor, ...]:
+        """``rows_of`` flat, for ``at_once`` blocks at a time."""
+        key = (*table.layout, at_once)
+        if key not in self.pieces:
+            self.pieces[key] = torch.split(self.rows_of(table).flatten(), at_once * table.heads * BLOCK)
+        return self.pieces[key]
 
     def bags_of(self, table: RowTable, group: int) -> tuple[Tensor, Tensor]:
         """For ``embedding_bag``: indices [n * H * group * BLOCK], and where the bag of each block and head begins."""
         key = (*table.layout, group)
         if key not in self.bags:
-            small = table.rows.shape[0] < 1 << 31 and self.count * table.heads * group * BLOCK < 1 << 31
-            dtype = torch.int32 if small else torch.int64
-            rows = self.rows_of(table)[:, :, None].to(dtype).expand(-1, -1, group, -1).reshape(-1)
-            self.bags[key] = rows, torch.arange(0, rows.shape[0], BLOCK, dtype=dtype)
+            rows = self.rows_of(table)[:, :, None].expand(-1, -1, group, -1).reshape(-1)
+            self.bags[key] = rows, torch.arange(0, rows.shape[0], BLOCK, dtype=rows.dtype)
         return self.bags[key]
 
 
@@ -126,72 +135,95 @@ class FlatStep:
 
 def _attend_blocks(q: Tensor, layer: AttentionLayer, kv_cache: KVCache, blocks: Blocks) -> tuple[Tensor, Tensor]:
     """``(out, lse)``, fp32 [B, Hq, Dv] and [B, Hq], of q [B, Hq, D] over these blocks."""
-    weights = _scores(q, layer, kv_cache, blocks)
-    top, total = _softmax(weights, blocks)
-    values = kv_cache.v_nhd(layer.layer_id, layer.v_head_dim)
-    table = RowTable.of(values)
-    if table.contiguous and values.dtype not in FP8_DTYPES and layer.group_size <= IN_PLACE_GROUP:
-        sums = _values_in_place(weights.to(values.dtype), table, layer, blocks)
+    queries = (q.float() * (layer.scale * layer.k_scale)).view(-1, layer.num_kv_heads, layer.group_size, q.shape[-1])
+    queries = queries.index_select(0, blocks.owner)
+    keys = kv_cache.k_nhd(layer.layer_id)
+    values = None if layer.kind == "mla" else kv_cache.v_nhd(layer.layer_id)
+    if values is not None and _can_stay(values, layer):
+        parts = _values_in_place(queries, keys, values, layer, blocks)
     else:
-        sums = _gathered_values(weights, values.dtype, table, layer, blocks)
-    heads = (blocks.num_requests, layer.num_q_heads)
-    out = torch.zeros(*heads, layer.v_head_dim).index_add_(0, blocks.owner, sums.view(-1, *heads[1:], layer.v_head_dim))
-    total = total.view(heads)
-    value_scale = layer.k_scale if layer.kind == "mla" else layer.v_scale
-    return out.mul_((value_scale / total.masked_fill(total == 0, 1.0))[..., None]), top.view(heads) + total.log()
+        parts = _values_gathered(queries, keys, values, layer, blocks)
+    return _joined(*parts, layer, blocks)
 
 
-def _scores(q: Tensor, layer: AttentionLayer, kv_cache: KVCache, blocks: Blocks) -> Tensor:
-    """[n, Hkv, G, BLOCK] fp32, scaled and capped."""
-    pool = kv_cache.k_nhd(layer.layer_id)
-    table = RowTable.of(pool)
-    kv_heads, group = layer.num_kv_heads, layer.group_size
-    queries = (q.float() * (layer.scale * layer.k_scale)).view(-1, kv_heads, group, q.shape[-1])[blocks.owner]
-    scores = torch.empty(blocks.count, kv_heads, group, BLOCK)
-    for cut, rows in _gathered(table, pool.dtype, blocks):
-        torch.bmm(queries[cut].flatten(0, 1), rows.transpose(1, 2), out=scores[cut].flatten(0, 1))
-    return cap(scores, layer.softcap)
+def _can_stay(values: Tensor, layer: AttentionLayer) -> bool:
+    """Whether the weighted sum of values is read from the pool: rows that do not overlap, few heads to read them."""
+    return layer.group_size <= IN_PLACE_GROUP and values.dtype not in FP8_DTYPES and RowTable.of(values).contiguous
 
 
-def _gathered(table: RowTable, dtype: torch.dtype, blocks: Blocks) -> Iterator[tuple[slice, Tensor]]:
-    """Some blocks at a time, with their rows [blocks * H, width, D] in fp32, unscaled; the buffer is filled again."""
-    index = blocks.rows_of(table)
-    heads, dim = table.heads, table.rows.shape[1]
-    at_once = max(1, GATHER_BYTES // (heads * BLOCK * dim * 4))
-    size = min(at_once, blocks.count) * heads * BLOCK
-    buffer = table.rows.new_empty(size, dim)
-    for first in range(0, blocks.count, at_once):
-        cut = slice(first, min(first + at_once, blocks.count))
-        wanted = index[cut].flatten()
-        rows = torch.index_select(table.rows, 0, wanted, out=buffer[: wanted.shape[0]])
-        rows = fp8_to_float(rows.view(dtype)) if dtype in FP8_DTYPES else rows.float()
-        yield cut, rows.view(-1, BLOCK, dim)
-
-
-def _softmax(scores: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
-    """Turn ``scores`` [n, Hkv, G, BLOCK] into e^(score - top) in place, 0 where not shown.
-
-    Returns top and total of each request, [B, Hkv, G, 1].
-    """
-    shape = (blocks.num_requests, *scores.shape[1:3], 1)
-    owner = blocks.owner[:, None, None, None].expand(-1, *shape[1:])
-    top = scores.new_full(shape, NEG_INF).scatter_reduce_(0, owner, scores.amax(-1, keepdim=True), "amax")
-    scores.sub_(top[blocks.owner]).exp_().mul_(blocks.shown)
-    return top, scores.new_zeros(shape).index_add_(0, blocks.owner, scores.sum(-1, keepdim=True))
-
-
-def _values_in_place(weights: Tensor, table: RowTable, layer: AttentionLayer, blocks: Blocks) -> Tensor:
-    """[n, Hq, Dv] fp32: the weighted sum over each block, read from the pool."""
+def _values_in_place(
+    queries: Tensor, keys: Tensor, values: Tensor, layer: AttentionLayer, blocks: Blocks
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per block, fp32: weighted sums of values [n, Hkv, G, Dv], top and total [n, Hkv, G, 1]."""
+    scores = torch.empty(*queries.shape[:3], BLOCK)
+    at_once = _at_once(keys)
+    each = at_once * layer.num_kv_heads
+    parts = zip(torch.split(queries.flatten(0, 1), each), torch.split(scores.flatten(0, 1), each), strict=True)
+    for rows, (q, out) in zip(_gathered(keys, blocks, at_once), parts, strict=True):
+        torch.bmm(q, rows.transpose(1, 2), out=out)
+    weights, top, total = _softmax(cap(scores, layer.softcap), blocks.shown)
+    table = RowTable.of(values)
     rows, starts = blocks.bags_of(table, layer.group_size)
-    sums = embedding_bag(rows, table.rows, starts, mode="sum", per_sample_weights=weights.view(-1))
-    return sums.float()
+    weights = weights.to(values.dtype).view(-1)
+    sums = torch.embedding_bag(table.rows, rows, starts, mode=_SUM, per_sample_weights=weights)[0]
+    return sums.float().view(*queries.shape[:3], -1), top, total
 
 
-def _gathered_values(
-    weights: Tensor, dtype: torch.dtype, table: RowTable, layer: AttentionLayer, blocks: Blocks
-) -> Tensor:
-    """[n, Hq, Dv] fp32: the weighted sum over each block, as products over gathered rows."""
-    sums = torch.empty(*weights.shape[:3], layer.v_head_dim)
-    for cut, rows in _gathered(table, dtype, blocks):
-        torch.bmm(weights[cut].flatten(0, 1), rows, out=sums[cut].flatten(0, 1))
-    return sums
+def _values_gathered(
+    queries: Tensor, keys: Tensor, values: Tensor | None, layer: AttentionLayer, blocks: Blocks
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, with the rows of values gathered too; ``values`` None (MLA): they are the first Dv of the keys."""
+    sums = torch.empty(*queries.shape[:3], layer.v_head_dim)
+    tops, totals = [], []
+    at_once = _at_once(keys)
+    of_keys = _gathered(keys, blocks, at_once)
+    of_values = None if values is None else _gathered(values, blocks, at_once)
+    parts = zip(*(torch.split(x, at_once) for x in (queries, blocks.shown, sums)), strict=True)
+    for rows, (q, shown, out) in zip(of_keys, parts, strict=True):
+        scores = torch.bmm(q.flatten(0, 1), rows.transpose(1, 2)).view(*q.shape[:3], BLOCK)
+        weights, top, total = _softmax(cap(scores, layer.softcap), shown)
+        value_rows = rows[..., : layer.v_head_dim] if of_values is None else next(of_values)
+        torch.bmm(weights.flatten(0, 1), value_rows, out=out.flatten(0, 1))
+        tops.append(top)
+        totals.append(total)
+    return sums, torch.cat(tops), torch.cat(totals)
+
+
+def _at_once(keys: Tensor) -> int:
+    """How many blocks of keys [pages, page_size, H, D] are gathered at a time."""
+    return max(1, GATHER_BYTES // (BLOCK * keys.shape[2] * keys.shape[3] * 4))
+
+
+def _gathered(pool: Tensor, blocks: Blocks, at_once: int) -> Iterator[Tensor]:
+    """For ``at_once`` blocks at a time their rows [blocks * H, BLOCK, D] in fp32, unscaled."""
+    table = RowTable.of(pool)
+    prefetched = table.contiguous and pool.dtype not in FP8_DTYPES
+    pieces = blocks.pieces_of(table, at_once)
+    starts = torch.arange(pieces[0].shape[0], dtype=pieces[0].dtype)
+    for index in pieces:
+        if prefetched:  # bags of one row each: that kernel looks ahead, index_select does not
+            rows = torch.embedding_bag(table.rows, index, starts[: index.shape[0]], mode=_SUM)[0]
+        else:
+            rows = table.rows.index_select(0, index)
+        rows = fp8_to_float(rows.view(pool.dtype)) if pool.dtype in FP8_DTYPES else rows.float()
+        yield rows.view(-1, BLOCK, pool.shape[-1])
+
+
+def _softmax(scores: Tensor, shown: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``scores`` [n, Hkv, G, BLOCK] as e^(score - top) in place, 0 where not shown; top and total of each block."""
+    top = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(top).exp_().mul_(shown)
+    return weights, top, weights.sum(-1, keepdim=True)
+
+
+def _joined(sums: Tensor, top: Tensor, total: Tensor, layer: AttentionLayer, blocks: Blocks) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` of the requests, from what their blocks found: each rescaled to the request's own top."""
+    shape = (blocks.num_requests, *top.shape[1:])
+    owner = blocks.owner[:, None, None, None].expand_as(top)
+    highest = top.new_full(shape, NEG_INF).scatter_reduce_(0, owner, top, "amax")
+    factor = top.sub_(highest.index_select(0, blocks.owner)).exp_()
+    whole = total.new_zeros(shape).index_add_(0, blocks.owner, total.mul_(factor))
+    out = sums.new_zeros(*shape[:-1], layer.v_head_dim).index_add_(0, blocks.owner, sums.mul_(factor))
+    value_scale = layer.k_scale if layer.kind == "mla" else layer.v_scale
+    out = out.mul_(value_scale / whole.masked_fill(whole == 0, 1.0))
+    return out.flatten(1, 2), (highest + whole.log()).flatten(1)
