@@ -117,13 +117,13 @@ def attend(
             f"{type(module).__name__} (layer {layer_id}) was called without a batch",
             accepted="a pass through PagedModel.forward, of layers that are planned",
         )
-    _refuse_unknown(module, attention_mask, dropout, others)
+    refuse_unknown(module, attention_mask, dropout, others)
     step = attn_step
     layer = step.layers.layer(
         int(layer_id), scale=scaling, sliding_window=sliding_window, softcap=softcap or 0.0, sinks=s_aux
     )
     if layer.kind == "mla":
-        return _absorbed(module, query, layer, step)[None], None
+        return absorbed(module, query, layer, step)[None], None
     q = query[0].transpose(0, 1).contiguous()
     k: Tensor | None = key[0].transpose(0, 1).contiguous()
     v: Tensor | None = value[0].transpose(0, 1).contiguous()
@@ -144,7 +144,8 @@ def register() -> None:
     AttentionInterface.register(IMPLEMENTATION, attend)
 
 
-def _refuse_unknown(module: nn.Module, mask: Tensor | None, dropout: float, others: dict[str, Any]) -> None:
+def refuse_unknown(module: nn.Module, mask: Tensor | None, dropout: float, others: dict[str, Any]) -> None:
+    """Raise ConfigError for an argument of an attention call whose meaning is not known; masks and dropout are such."""
     # Mllama's cross layers hand over a mask of zeros, which PagedModel made sure of (model.py).
     unknown = sorted(name for name, value in others.items() if name not in NEUTRAL and value is not None)
     if unknown or dropout or (mask is not None and bool((mask != 0).any())):
@@ -165,7 +166,7 @@ def _check_spans(module: nn.Module, batch: ForwardBatch) -> None:
         )
 
 
-def _absorbed(module: nn.Module, query: Tensor, layer: AttentionLayer, step: PagedStep) -> Tensor:
+def absorbed(module: nn.Module, query: Tensor, layer: AttentionLayer, step: PagedStep) -> Tensor:
     """MLA over the latent: query [1, H, T, nope + rope] -> [T, H, Dv].
 
     With W_UK and W_UV the key and the value half of kv_b_proj: q.(W_UK c) = (q W_UK).c, so queries are brought to the
