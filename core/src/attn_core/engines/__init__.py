@@ -1,0 +1,1 @@
+"""Adapters for other engines: each translates batches and caches, all selection is `plan`; none is imported unasked."""

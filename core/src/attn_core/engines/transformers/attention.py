@@ -1,0 +1,114 @@
+"""The attention function that transformers calls: over a PagedCache, over continuous batching's, or over given keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attn_core.engines.transformers.cache import Update, take_update
+from attn_core.engines.transformers.given_keys import GivenKeys
+from attn_core.engines.transformers.masks import StepMask, mask_of
+from attn_core.engines.transformers.names import implementation_of
+from attn_core.errors import BatchError, ConfigError
+from attn_core.generate.attention import absorbed, refuse_unknown
+
+AttentionFunction = Callable[..., tuple[Tensor, None]]
+
+
+def attention_function(backend: str) -> AttentionFunction:
+    """What is registered for ``backend``, a name or ``auto``."""
+    given_keys = GivenKeys(backend)
+
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        *,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        is_causal: bool | None = None,
+        cache: Any = None,
+        **others: Any,
+    ) -> tuple[Tensor, None]:
+        """query [B, Hq, Q, D], key and value [B, Hkv, K, D] -> ([B, Q, Hq, Dv], None).
+
+        Raises ConfigError for what no backend is known to compute, BatchError for calls that contradict the cache.
+        """
+        _refuse_gradients(module, query)
+        mask = mask_of(attention_mask)
+        maths = {
+            "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
+            "sliding_window": sliding_window,
+            "softcap": softcap or 0.0,
+            "sinks": s_aux,
+        }
+        if cache is not None:
+            from attn_core.engines.transformers.continuous import attend_packed
+
+            return attend_packed(given_keys, module, query, key, value, cache, maths, dropout, others), None
+        refuse_unknown(module, None if mask is not None else attention_mask, dropout, others)
+        update = take_update(getattr(module, "layer_idx", None), key)
+        if mask is not None:
+            mask.check_window(sliding_window)
+        if update is None:
+            causal = _is_causal(module, is_causal, mask)
+            return given_keys.attend(query, key, value, mask, causal=causal, **maths), None
+        if update.cache.backend_name != backend:
+            raise BatchError(
+                f"a cache for {update.cache.backend_name}, called through {implementation_of(backend)!r}",
+                accepted=f"a cache made after set_attn_implementation({implementation_of(backend)!r})",
+            )
+        return _over_pages(module, query, update, mask, maths), None
+
+    return attend
+
+
+def _over_pages(
+    module: nn.Module, query: Tensor, update: Update, mask: StepMask | None, maths: dict[str, Any]
+) -> Tensor:
+    """Attention of one layer over its pages, [B, Q, Hq, Dv]."""
+    step, packing = update.cache.step(update, query, mask, maths["sliding_window"])
+    layer = step.layers.layer(update.layer_idx, **maths)
+    if mask is None and not getattr(module, "is_causal", True) and packing.length > 1:
+        raise BatchError(
+            f"{type(module).__name__} is not causal, and its mask says nothing of what its tokens see",
+            accepted="a model whose masks are made by transformers' masking_utils",
+        )
+    q, k, v = packing.pack(query), packing.pack(update.keys), packing.pack(update.values)
+    if layer.kind == "mla":
+        step.latents[update.layer_idx] = torch.cat((k, v), dim=-1)
+        return packing.unpack(absorbed(module, q.transpose(0, 1)[None], layer, step))
+    out = step.backend.forward(q, k, v, layer, step.batch)
+    assert isinstance(out, Tensor)
+    return packing.unpack(out)
+
+
+def _refuse_gradients(module: nn.Module, query: Tensor) -> None:
+    if module.training and torch.is_grad_enabled() and query.requires_grad:
+        raise ConfigError(
+            f"{type(module).__name__} is in training",
+            accepted="model.eval(), or torch.no_grad()",
+            hint="backends compute no gradients; train with another attn_implementation",
+        )
+
+
+def _is_causal(module: nn.Module, is_causal: bool | None, mask: StepMask | None) -> bool:
+    """Whether given keys are attended to causally, as the mask says if there is one. Raises ConfigError for spans."""
+    if mask is None:
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        return bool(causal)
+    if mask.dense is not None and mask.spans(mask.window):
+        raise ConfigError(
+            f"{type(module).__name__} asks for tokens that see each other both ways over keys that are given",
+            accepted="spans over a PagedCache",
+            hint="pass past_key_values=PagedCache(model, ...), or call generate()",
+        )
+    return mask.causal

@@ -1,0 +1,55 @@
+"""Plans for transformers' models: what a model needs, on the device that it is on."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from attn_core.errors import ConfigError
+from attn_core.generate.model import check_served
+from attn_core.generate.session import pick_device
+from attn_core.planning.config import AttentionConfig
+from attn_core.planning.plan import Plan, plan
+from attn_core.planning.system import System
+
+DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+
+
+@lru_cache
+def system_of(device: str) -> System:
+    """The machine as the planner sees it, for tensors on torch's ``device``. Raises UsageError if it is not here."""
+    return pick_device(device)[1]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The planner's name of ``dtype``. Raises ConfigError for one that attention is not computed in."""
+    if dtype not in DTYPE_NAMES:
+        raise ConfigError(f"attention in {dtype}", given=str(dtype), accepted=", ".join(DTYPE_NAMES.values()))
+    return DTYPE_NAMES[dtype]
+
+
+def plan_cached(
+    model: Any, backend: str, *, max_draft_tokens: int, page_size: int | None, max_context_len: int | None
+) -> Plan:
+    """The plan of the model's cached layers.
+
+    Raises ConfigError for a model that cannot be served, and what ``plan`` raises.
+    """
+    config = AttentionConfig.from_hf(model.config.to_dict()).without_towers()
+    check_served(model.config, has_cross=False)
+    if any(kind.cross for kind in config.layers):
+        raise ConfigError(
+            f"{model.config.model_type} has cross layers",
+            accepted="decoder-only models",
+            hint="attn_core.generate runs its cross layers, PagedCache has no pages for an encoder",
+        )
+    config = config.replace(
+        dtype=dtype_name(model.dtype),
+        page_size=page_size,
+        speculative_num_draft_tokens=max_draft_tokens,
+        max_context_len=config.max_context_len if max_context_len is None else max_context_len,
+    )
+    phases = config.phases if not max_draft_tokens else ("prefill", "decode", "verify")
+    return plan(config, backend, system=system_of(model.device.type), phases=phases)

@@ -1,0 +1,342 @@
+"""transformers with attn inside: generate() as always, over pages, with the logits of eager attention."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from attn_core.engines.transformers import PagedCache, register
+from attn_core.engines.versions import TRANSFORMERS
+from attn_core.errors import BackendRefusedError, BatchError, CacheFullError, ConfigError, ProtocolError
+from attn_core.runtime.batch import ForwardBatch
+from torch import Tensor
+
+from .tiny_models import IMAGE, MODELS, VISION
+
+#: largest difference of a logit from transformers' own eager attention, both in fp32
+TOLERANCE = 1e-4
+#: what a feature that is switched off must change at least
+VISIBLE = 1e-2
+NEW = 12
+_serial = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def registered() -> None:
+    register()
+
+
+@pytest.fixture
+def prompts() -> tuple[Tensor, Tensor]:
+    """Two prompts of 21 and 15 tokens, padded on the left."""
+    ids = torch.randint(5, 246, (2, 21))
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    return ids, mask
+
+
+def fresh(changed: Callable[..., Any], **changes: Any) -> tuple[str, Any]:
+    """A changed backend under a name that was never registered, and its implementation."""
+    name = f"changed{next(_serial)}"
+    cls = changed(name, **changes)
+    assert f"attn-{name}" in register()
+    return f"attn-{name}", cls
+
+
+def generate(model: Any, implementation: str, ids: Tensor, mask: Tensor | None = None, **options: Any) -> Any:
+    """Greedy tokens and the logits that they were chosen from."""
+    model.eval().set_attn_implementation(implementation)
+    mask = torch.ones_like(ids) if mask is None else mask
+    options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, **options}
+    return model.generate(ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **options)
+
+
+def distance(got: Any, wanted: Any) -> float:
+    return float((torch.stack(got.logits) - torch.stack(wanted.logits)).abs().max())
+
+
+@torch.no_grad()
+def forward(model: Any, implementation: str, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
+    model.eval().set_attn_implementation(implementation)
+    logits: Tensor = model(ids, attention_mask=mask, **options).logits
+    return logits[mask.bool()]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_generate_is_as_with_eager_attention(name: str, prompts: tuple[Tensor, Tensor]) -> None:
+    model = MODELS[name]()
+    wanted = generate(model, "eager", *prompts)
+    got = generate(model, "attn", *prompts)
+    assert isinstance(got.past_key_values, PagedCache)
+    assert torch.equal(got.sequences, wanted.sequences)
+    assert distance(got, wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_a_forward_pass_without_our_cache_gives_its_keys(
+    name: str, use_cache: bool, prompts: tuple[Tensor, Tensor], changed: Any
+) -> None:
+    model = MODELS[name]()
+    implementation, backend = fresh(changed)
+    wanted = forward(model, "eager", *prompts, use_cache=False)
+    assert (forward(model, implementation, *prompts, use_cache=use_cache) - wanted).abs().max() < TOLERANCE
+    assert set(backend.modes) == {"ragged causal"}
+
+
+def test_another_cache_of_transformers_works_too(prompts: tuple[Tensor, Tensor]) -> None:
+    model = MODELS["gemma3"]()
+    wanted = generate(model, "eager", *prompts)
+    cache = hf.DynamicCache(config=model.config)
+    assert distance(generate(model, "attn", *prompts, past_key_values=cache), wanted) < TOLERANCE
+
+
+OFF: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "window": ("mistral", lambda at: replace(at, sliding_window=None)),
+    "window off by one": ("mistral", lambda at: replace(at, sliding_window=9)),
+    "window of some layers": ("gemma3", lambda at: replace(at, sliding_window=None)),
+    "soft cap": ("gemma2", lambda at: replace(at, softcap=0.0)),
+    "scale": ("gemma2", lambda at: replace(at, scale=at.qk_head_dim**-0.5)),
+    "sinks": ("gpt_oss", lambda at: replace(at, sinks=None)),
+    "scale before absorption": ("deepseek_v3", lambda at: replace(at, scale=at.qk_head_dim**-0.5)),
+}
+
+
+@pytest.mark.parametrize("feature", OFF)
+def test_a_backend_that_forgets_a_feature_is_seen(feature: str, prompts: tuple[Tensor, Tensor], changed: Any) -> None:
+    name, change = OFF[feature]
+    model = MODELS[name]()
+    implementation, _ = fresh(changed, layer=change)
+    assert distance(generate(model, implementation, *prompts), generate(model, "eager", *prompts)) > VISIBLE
+
+
+def test_padding_is_left_out_of_the_pages(prompts: tuple[Tensor, Tensor], changed: Any) -> None:
+    seen: list[list[int]] = []
+    implementation, _ = fresh(changed, batch=lambda batch: seen.append(batch.seq_lens.tolist()))
+    generate(MODELS["llama"](), implementation, *prompts)
+    assert seen[:3] == [[15, 21], [16, 22], [17, 23]]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "deepseek_v3"])
+def test_padding_on_the_right(name: str, prompts: tuple[Tensor, Tensor]) -> None:
+    model, (ids, mask) = MODELS[name](), prompts
+    assert (forward(model, "attn", ids, mask.flip(1)) - forward(model, "eager", ids, mask.flip(1))).abs().max() < (
+        TOLERANCE
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek_v3"])
+def test_beams_share_pages_and_copy_what_they_write_to(name: str, prompts: tuple[Tensor, Tensor]) -> None:
+    model = MODELS[name]()
+    beams = {"num_beams": 3, "num_return_sequences": 2}
+    got, wanted = (generate(model, how, *prompts, **beams) for how in ("attn", "eager"))
+    assert torch.equal(got.sequences, wanted.sequences)
+    assert distance(got, wanted) < TOLERANCE
+
+
+def test_several_samples_of_a_prompt(prompts: tuple[Tensor, Tensor]) -> None:
+    model = MODELS["llama"]()
+    sampled = {"do_sample": True, "num_return_sequences": 3}
+    results = []
+    for how in ("attn", "eager"):
+        torch.manual_seed(1)
+        results.append(generate(model, how, *prompts, **sampled).sequences)
+    assert torch.equal(*results)
+
+
+REPEATING = torch.tensor([[*range(20, 40), *range(20, 34)]])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek_v3"])
+def test_prompt_lookup_is_verified_and_cropped(name: str, changed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MODELS[name]()
+    crops: list[int] = []
+    crop = PagedCache.crop
+    monkeypatch.setattr(PagedCache, "crop", lambda self, n: (crops.append(n), crop(self, n))[1])
+    implementation, backend = fresh(changed)
+    wanted = generate(model, "eager", REPEATING, max_new_tokens=24)
+    got = generate(model, implementation, REPEATING, max_new_tokens=24, prompt_lookup_num_tokens=4)
+    assert torch.equal(got.sequences, wanted.sequences)
+    assert backend.modes.count("TARGET_VERIFY") > 0
+    assert backend.modes.count("EXTEND") == 1
+    assert min(crops) < 0, "random weights follow no guess for long: some must have been thrown away"
+
+
+def test_an_assistant_drafts_and_the_target_verifies(changed: Any) -> None:
+    target, assistant = MODELS["llama"](), MODELS["llama"]()
+    assistant.load_state_dict(target.state_dict())
+    torch.nn.init.normal_(assistant.lm_head.weight[:128], std=0.2)  # right about half of the tokens
+    implementation, backend = fresh(changed)
+    drafting, drafter = fresh(changed)
+    wanted = generate(target, "eager", REPEATING, max_new_tokens=20)
+    drafts = {"num_assistant_tokens": 4, "num_assistant_tokens_schedule": "constant"}
+    assistant.generation_config.update(**drafts, assistant_confidence_threshold=0.0)
+    assistant.eval().set_attn_implementation(drafting)
+    got = generate(target, implementation, REPEATING, max_new_tokens=20, assistant_model=assistant)
+    assert torch.equal(got.sequences, wanted.sequences)
+    assert backend.modes.count("TARGET_VERIFY") > 1
+    assert drafter.modes.count("DECODE") > 1, "the assistant drafts over a cache of its own"
+
+
+def test_prompts_in_chunks(prompts: tuple[Tensor, Tensor], changed: Any) -> None:
+    model = MODELS["gemma2"]()
+    implementation, backend = fresh(changed)
+    ids = prompts[0]
+    got = generate(model, implementation, ids, prefill_chunk_size=8)
+    assert distance(got, generate(model, "eager", ids)) < TOLERANCE
+    assert backend.modes.count("EXTEND") == 3
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_images_see_each_other_and_their_tower_is_ours_too(name: str, changed: Any) -> None:
+    make, tokens = VISION[name]
+    model, ids = make(), torch.tensor([tokens])
+    inputs = {
+        "pixel_values": torch.randn(1, 3, 28, 28),
+        "token_type_ids": (ids == IMAGE).long() if name == "gemma3" else torch.zeros_like(ids),
+    }
+    spans: list[Any] = []
+
+    def note(batch: ForwardBatch) -> None:
+        if batch.spans is not None:
+            spans.extend(tuple(span) for span in batch.spans[0].tolist())
+
+    implementation, backend = fresh(changed, batch=note)
+    wanted = generate(model, "eager", ids, **inputs)
+    assert distance(generate(model, implementation, ids, **inputs), wanted) < TOLERANCE
+    assert spans == [(4, 8)] if name == "gemma3" else [(0, 20)]
+    assert backend.modes[:2] == ["ragged", "ragged"], "a tower of two layers, before the text"
+
+    def forget(batch: ForwardBatch) -> None:
+        batch.spans = None
+
+    forgetful, _ = fresh(changed, batch=forget)
+    assert distance(generate(model, forgetful, ids, **inputs), wanted) > VISIBLE
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt_oss"])
+def test_continuous_batching(name: str, changed: Any) -> None:
+    """gpt_oss and gemma3 mix windows and full layers. gemma2 is left out: there transformers' own is no oracle."""
+    model = MODELS[name]()
+    inputs = [torch.randint(5, 246, (n,)).tolist() for n in (25, 6, 17)]
+    wanted = [generate(model, "eager", torch.tensor([each])).sequences[0, len(each) :].tolist() for each in inputs]
+    implementation, backend = fresh(changed)
+    model.set_attn_implementation(implementation)
+    results = model.generate_batch(
+        inputs=inputs,
+        generation_config=hf.GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0),
+        continuous_batching_config=hf.ContinuousBatchingConfig(
+            page_size=16, num_blocks=64, max_batch_tokens=16, use_cuda_graph=False, auto_switch_to_flash=False
+        ),
+        progress_bar=False,
+    )
+    assert [result.error for result in results.values()] == [None] * 3
+    assert [result.generated_tokens for result in results.values()] == wanted
+    assert set(backend.modes) == {"ragged causal"}
+    assert model.config._attn_implementation == implementation
+
+
+def test_a_backend_that_cannot_is_refused_before_anything_runs() -> None:
+    model = MODELS["llama"]().eval()
+    model.set_attn_implementation("attn-triton")
+    assert model.config._attn_implementation == "attn-triton"
+    model.set_attn_implementation("attn-flashinfer")  # a name with flash in it is not transformers' FlashAttention
+    with pytest.raises(BackendRefusedError, match="flashinfer"):
+        model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, pad_token_id=0)
+
+
+@torch.no_grad()
+def test_a_cache_that_is_full_says_what_it_holds() -> None:
+    model = MODELS["llama"]().eval()
+    model.set_attn_implementation("attn")
+    cache = PagedCache(model, max_batch_size=1, max_seq_len=32, page_size=16)
+    with pytest.raises(CacheFullError, match="3 pages of 16"):
+        model(torch.zeros(1, 80, dtype=torch.long), past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention_mask": torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()}, "an attention mask"),
+        ({"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]]), "use_cache": False}, "neither causal"),
+    ],
+)
+@torch.no_grad()
+def test_masks_that_the_contract_cannot_say_are_refused(options: dict[str, Any], message: str) -> None:
+    model = MODELS["llama"]().eval()
+    model.set_attn_implementation("attn")
+    with pytest.raises(ConfigError, match=message):
+        model(torch.arange(5, 11)[None], **options)
+
+
+@torch.no_grad()
+def test_a_mask_that_contradicts_the_cache_is_refused() -> None:
+    model = MODELS["llama"]().eval()
+    model.set_attn_implementation("attn")
+    cache = PagedCache(model, max_batch_size=1, max_seq_len=32)
+    model(torch.arange(5, 11)[None], past_key_values=cache)
+    with pytest.raises(BatchError, match="differs"):
+        model(torch.tensor([[5]]), attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1, 1]]), past_key_values=cache)
+
+
+def test_training_is_refused() -> None:
+    model = MODELS["llama"]().train()
+    model.set_attn_implementation("attn")
+    with pytest.raises(ConfigError, match="training"):
+        model(torch.arange(5, 11)[None])
+
+
+@torch.no_grad()
+def test_a_cache_belongs_to_one_implementation(changed: Any) -> None:
+    model = MODELS["llama"]().eval()
+    with pytest.raises(ConfigError, match="'attn'"):
+        PagedCache(model, max_batch_size=1, max_seq_len=32)
+    model.set_attn_implementation("attn")
+    cache = PagedCache(model, max_batch_size=1, max_seq_len=32)
+    model.set_attn_implementation("attn-torch_native")
+    with pytest.raises(BatchError, match="a cache for auto"):
+        model(torch.arange(5, 11)[None], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_crop_gives_pages_back() -> None:
+    model = MODELS["llama"]().eval()
+    model.set_attn_implementation("attn")
+    cache = PagedCache(model, max_batch_size=1, max_seq_len=64, page_size=4)
+    ids = torch.arange(5, 26)[None]
+    whole = model(ids, past_key_values=cache).logits
+    assert (cache.columns, cache.pages_in_use) == (21, 6)
+    cache.crop(-10)
+    assert (cache.columns, cache.pages_in_use) == (11, 3)
+    again = model(ids[:, 11:], past_key_values=cache).logits
+    assert (again - whole[:, 11:]).abs().max() < TOLERANCE
+    with pytest.raises(ConfigError, match="crop"):
+        cache.crop(3)
+    cache.reset()
+    assert (cache.columns, cache.pages_in_use) == (0, 0)
+
+
+def test_whisper_is_refused() -> None:
+    config = hf.WhisperConfig(
+        vocab_size=64, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=8, max_source_positions=16,
+        max_target_positions=16, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    model = hf.WhisperForConditionalGeneration(config).eval()
+    model.set_attn_implementation("attn")
+    with pytest.raises(ConfigError, match=r"encoder-decoder|cross"):
+        PagedCache(model, max_batch_size=1, max_seq_len=8)
+
+
+def test_another_release_of_transformers_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "5.30.1")
+    assert TRANSFORMERS.refusal() == (
+        "attn: not registered with transformers 5.30.1: the adapter was tested with 5.23.* only"
+    )
+    with pytest.raises(ProtocolError, match=r"tested with 5\.23"):
+        register()
