@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from attn_wave.emulator.wave import F16, F32, F64, I32, I64, U32, U64, Lanes, spread
+from attn_wave.emulator.wave import F16, F32, F64, I32, I64, U32, U64, spread
 
 Function = Callable[..., Any]
 
@@ -35,12 +35,12 @@ def _int24(x: Any) -> Any:
     return low - ((low & 0x800000) << 1)
 
 
-def _count(x: Any) -> Lanes:
+def _count(x: Any) -> Any:
     bits = np.unpackbits(spread(x).view(np.uint8).reshape(64, 4), axis=1)
     return bits.sum(1).astype(U32)
 
 
-def _reverse(x: Any) -> Lanes:
+def _reverse(x: Any) -> Any:
     bits = np.unpackbits(spread(x).view(np.uint8).reshape(64, 4), axis=1, bitorder="little")[:, ::-1]
     return np.packbits(np.ascontiguousarray(bits), axis=1, bitorder="little").view(U32)[:, 0]
 
@@ -72,7 +72,7 @@ def _align(a: Any, b: Any, places: Any) -> Any:
 
 
 def _to_integer(low: int, high: int) -> Function:
-    def convert(x: Any) -> Lanes:
+    def convert(x: Any) -> Any:
         whole = np.nan_to_num(np.trunc(spread(x).astype(F64)), nan=0.0, posinf=high, neginf=low)
         return np.clip(whole, low, high).astype(I64).astype(U32)
 

@@ -30,7 +30,7 @@ _LINE: Final = re.compile(r"^\s+(\S.*?)\s*// ([0-9A-F]+): ((?:[0-9A-F]{8} ?)+)")
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """A register, or several from ``index`` on, or a constant (``index`` holds its bits, ``number`` a float's value)."""
+    """Registers from ``index`` on, or a constant (``index`` holds its bits, ``number`` a float's value)."""
 
     kind: OperandKind
     index: int

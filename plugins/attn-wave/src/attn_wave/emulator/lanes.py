@@ -24,7 +24,7 @@ def _shifted(by: int) -> tuple[Index, Index]:
     return LANE + by, (_COLUMN + by >= 0) & (_COLUMN + by < 16)
 
 
-def _quad(modifiers: Mapping[str, str], text: str) -> tuple[Index, Index]:
+def _quad(text: str) -> tuple[Index, Index]:
     return (LANE & ~3) + np.array([int(n) for n in text.strip("[]").split(",")])[LANE & 3], _ALL
 
 
@@ -35,7 +35,7 @@ def _broadcast_row(text: str) -> tuple[Index, Index]:
 
 
 _DPP: Final[Mapping[str, Callable[[str], tuple[Index, Index]]]] = {
-    "quad_perm": lambda text: _quad({}, text),
+    "quad_perm": _quad,
     "row_shl": lambda text: _shifted(int(text)),
     "row_shr": lambda text: _shifted(-int(text)),
     "row_ror": lambda text: (_ROW + ((_COLUMN - int(text)) & 15), _ALL),
@@ -115,7 +115,7 @@ def _set_part(op: Operand, plain: WriteLanes, how: str, unused: str) -> WriteLan
 # -- permutes between lanes
 
 
-def swizzle_sources(text: str) -> Index:
+def swizzle_sources(text: str) -> Any:
     """The lane that each lane of ``ds_swizzle_b32 offset:text`` reads."""
     match = re.fullmatch(r"swizzle\((\w+),?(.*)\)", text)
     if match is None:
@@ -138,7 +138,7 @@ def swizzle_sources(text: str) -> Index:
     raise EmulationError(f"swizzle {text} is not modelled")
 
 
-def _bit_mask_sources(mask: str) -> Index:
+def _bit_mask_sources(mask: str) -> Any:
     """p keeps a bit of the lane's number, i inverts it, 0 and 1 set it; the highest first."""
     low = np.zeros(64, np.int64)
     for place, what in enumerate(reversed(mask)):

@@ -87,7 +87,7 @@ def _address(argument: Pointer, memory: Memory, ranges: dict[int, tuple[int, boo
         base = _TENSORS * (len(ranges) + 1)
         ranges[key] = base, key in writable
         memory.add(base, _bytes_of(argument.tensor), argument.name, writable=key in writable)
-    return ranges[key][0] + argument.tensor.storage_offset() * argument.tensor.element_size()
+    return ranges[key][0] + int(argument.tensor.storage_offset()) * argument.tensor.element_size()
 
 
 def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:

@@ -86,14 +86,14 @@ Source = Callable[[Operand, int, int], Callable[[Wave], Lanes]]
 def _halves(instruction: Instruction, function: arithmetic.Function, source: Source) -> Action:
     into, *sources = instruction.operands
     count = len(sources)
-    low = [source(op, place, sign) for op, place, sign in zip(
-        sources, instruction.bits("op_sel", 0, count), instruction.bits("neg_lo", 0, count), strict=True)]  # fmt: skip
-    high = [source(op, place, sign) for op, place, sign in zip(
-        sources, instruction.bits("op_sel_hi", 1, count), instruction.bits("neg_hi", 0, count), strict=True)]  # fmt: skip
+    halves = []
+    for select, negate, default in (("op_sel", "neg_lo", 0), ("op_sel_hi", "neg_hi", 1)):
+        which, signs = instruction.bits(select, default, count), instruction.bits(negate, 0, count)
+        halves.append([source(op, which[i], signs[i]) for i, op in enumerate(sources)])
     write = set_lanes(into)
 
     def act(w: Wave) -> None:
-        results = [half_bits(function(*[read(w) for read in reads])) for reads in (low, high)]
+        results = [half_bits(function(*[read(w) for read in reads])) for reads in halves]
         write(w, results[0] | results[1] << U32(16))
 
     return act

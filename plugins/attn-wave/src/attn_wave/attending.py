@@ -1,0 +1,119 @@
+"""From rows of q, k and v to outputs: tables and work list of each part, the kernel, and the joining of the runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from attn_core.runtime.layer import AttentionLayer
+from torch import Tensor
+
+from attn_wave.joining import join
+from attn_wave.runtime import Kernel, chip_of, load
+from attn_wave.shipped import code_of
+from attn_wave.step import Part
+from attn_wave.tables import query_rows, unit_strides
+from attn_wave.variant import WIDTHS, Variant
+from attn_wave.work import Heads, Work, work_of
+
+Once = Callable[[object, Callable[[], Any]], Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Keys:
+    """Pools k and v, where each key and value begins in them for the first KV head, and the step to the next head.
+
+    ``key_rows`` and ``value_rows`` [S] int32, and the steps, are in units.
+    """
+
+    k: Tensor
+    v: Tensor
+    key_rows: Tensor
+    value_rows: Tensor
+    key_step: int
+    value_step: int
+
+
+class Kernels:
+    """The loaded kernels of one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._loaded: dict[Variant, Kernel] = {}
+
+    def get(self, variant: Variant) -> Kernel:
+        """Loaded at its first use. Raises PluginLoadError, KernelError."""
+        if variant not in self._loaded:
+            self._loaded[variant] = load(code_of(variant, chip_of(self._device)))
+        return self._loaded[variant]
+
+
+def attend(
+    kernels: Kernels, q: Tensor, keys: Keys, layer: AttentionLayer, parts: Sequence[Part], once: Once
+) -> tuple[Tensor, Tensor]:
+    """out [T, Hq, Dv] and lse [T, Hq], both fp32, without the sink; q [T, Hq, D] with rows that can be addressed.
+
+    ``once`` keeps what layers of the same form share in a step.
+    """
+    tokens, group = q.shape[0], layer.group_size
+    heads = Heads(layer.num_kv_heads, group, unit_strides(q)[1] * group, keys.key_step, keys.value_step)
+    variants = [_variant(q.dtype, layer, part, group) for part in parts]
+    form = (layer.cross, layer.sliding_window, heads, tuple(variants), unit_strides(q))
+    works: list[Work] = once(("work", form), lambda: _works(parts, variants, heads, tokens, q.device))
+    runs = sum(work.runs for work in works)
+    rows = layer.num_kv_heads * tokens * group
+    if runs == 0 or rows == 0:
+        return q.new_zeros(tokens, layer.num_q_heads, layer.v_head_dim, dtype=torch.float32), q.new_full(
+            (tokens, layer.num_q_heads), float("-inf"), dtype=torch.float32
+        )
+    results = q.new_empty(runs * rows, layer.v_head_dim, dtype=torch.float32)
+    lse = q.new_full((runs * rows,), float("-inf"), dtype=torch.float32)
+    q_rows = once(("query rows", group, unit_strides(q)), lambda: query_rows(q, group))
+    factors = torch.tensor([layer.scale, layer.softcap], dtype=torch.float32).to(q.device)
+    for i, (part, variant, work) in enumerate(zip(parts, variants, works, strict=True)):
+        if not work.runs:
+            continue
+        low, high = once(("sight", layer.cross, layer.sliding_window, group, i), partial(part.sight.rows, group))
+        tensors = {
+            "q": q, "k": keys.k, "v": keys.v, "work": work.items, "query_rows": q_rows, "low": low, "high": high,
+            "key_rows": keys.key_rows, "value_rows": keys.value_rows, "factors": factors, "out": results, "lse": lse,
+        }  # fmt: skip
+        sizes = [work.items.shape[0], q_rows.shape[0], keys.key_rows.shape[0]]
+        if part.visible is not None:
+            tensors["visible"] = once(
+                ("visible", layer.sliding_window, group), partial(part.visible.repeat_interleave, group, 0)
+            )
+            sizes.append(tensors["visible"].numel())
+        kernels.get(variant).launch(tensors, sizes)
+    return join(results, lse, (runs, layer.num_kv_heads, tokens, group))
+
+
+def _works(
+    parts: Sequence[Part], variants: Sequence[Variant], heads: Heads, tokens: int, device: torch.device
+) -> list[Work]:
+    """Work of every part, on the device; the results of one part lie behind those of the part before."""
+    found: list[Work] = []
+    for part, variant in zip(parts, variants, strict=True):
+        drafts = 0 if part.visible is None else part.visible.shape[1]
+        done = sum(work.runs for work in found)
+        work = work_of(part.reaches, heads, variant, tokens, done, drafts)
+        found.append(Work(work.items.to(device), work.runs, work.stride))
+    return found
+
+
+def _variant(dtype: torch.dtype, layer: AttentionLayer, part: Part, group: int) -> Variant:
+    """Wide workgroups where requests fill them; trees are small."""
+    rows = WIDTHS[layer.qk_head_dim, layer.v_head_dim]
+    most = max((reach.queries for reach in part.reaches), default=0) * group
+    wide = part.visible is None and most >= rows[-1]
+    return Variant(
+        layer.qk_head_dim,
+        layer.v_head_dim,
+        str(dtype).removeprefix("torch."),
+        rows[-1] if wide else rows[0],
+        layer.softcap > 0,
+        part.visible is not None,
+    )

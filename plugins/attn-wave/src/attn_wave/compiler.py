@@ -1,0 +1,116 @@
+"""Compiling a variant with Wave, for a chip that need not be here."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final
+
+from attn_core.errors import KernelError, PluginLoadError
+
+from attn_wave.variant import Variant
+
+#: The version that kernels are written for and proved with.
+WAVE_VERSION: Final = "3.9.1"
+_SOURCES: Final = (Path(__file__).parent / "kernels" / "attend.py", Path(__file__).parent / "variant.py")
+_COUNTS: Final = {
+    "vgprs": "vgpr_count", "agprs": "agpr_count", "sgprs": "sgpr_count", "lds": "group_segment_fixed_size",
+    "spilled_vgprs": "vgpr_spill_count",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A code object and the facts about it; registers and LDS (bytes) are what its metadata states."""
+
+    blob: bytes
+    name: str
+    block: tuple[int, int, int]
+    facts: dict[str, Any]
+
+    def record(self) -> dict[str, Any]:
+        """The facts as JSON data."""
+        return {"name": self.name, "block": list(self.block), "sha256": sha256(self.blob), **self.facts}
+
+
+def sha256(blob: bytes) -> str:
+    return hashlib.sha256(blob).hexdigest()
+
+
+def sources_hash() -> str:
+    """Of everything that a kernel is compiled from, Wave's own version aside."""
+    return sha256(b"".join(path.read_bytes() for path in _SOURCES))[:16]
+
+
+def wave_version() -> str | None:
+    """Of the installed wave-lang, None if there is none."""
+    try:
+        return version("wave-lang")
+    except PackageNotFoundError:
+        return None
+
+
+def compile_variant(variant: Variant, arch: str) -> Compiled:
+    """Compile for ``arch``; 5 to 60 seconds. Raises PluginLoadError without wave-lang, KernelError if Wave fails."""
+    if wave_version() is None:
+        raise PluginLoadError(
+            f"kernel {variant.key} for {arch} is not compiled, and wave-lang is not here",
+            accepted=f"wave-lang {WAVE_VERSION}, or a kernel that attn-wave ships",
+            hint="pip install 'attn-wave[kernels]'",
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.monotonic()
+        try:
+            launch = _wave_compile(variant, arch, folder)
+        except Exception as error:
+            raise KernelError(f"Wave cannot compile {variant} for {arch}: {error}") from error
+        seconds = time.monotonic() - began
+        blob = next(Path(folder).glob("*.hsaco")).read_bytes()
+        assembly = next(Path(folder).glob("*.rocmasm")).read_text(encoding="utf-8")
+    counts = {name: _stated(assembly, key) for name, key in _COUNTS.items()}
+    matrix = len(re.findall(r"^\s+v_mfma", assembly, re.MULTILINE))
+    facts = {"compile_seconds": round(seconds, 1), "matrix_instructions": matrix, **counts}
+    x, y, z = launch.blocks
+    return Compiled(blob, launch.func_name, (x, y, z), facts)
+
+
+def _wave_compile(variant: Variant, arch: str, folder: str) -> Any:
+    from wave_lang.kernel.wave.compile import WaveCompileOptions, wave_compile
+    from wave_lang.kernel.wave.scheduling.schedule import SchedulingType
+    from wave_lang.kernel.wave.utils.general_utils import get_default_scheduling_params
+
+    from attn_wave.kernels.attend import attend_kernel
+
+    # Wave changes a kernel object as it compiles it: always a fresh one
+    kernel, substitutions, symbols = attend_kernel(variant)  # type: ignore[no-untyped-call]
+    options = WaveCompileOptions(
+        subs=substitutions | get_default_scheduling_params(),
+        canonicalize=True,
+        schedule=SchedulingType.NONE,
+        dynamic_symbols=symbols,
+        target=arch,
+        device="hip",
+        backend="llvm",
+        wave_runtime=False,
+        dump_binaries=folder,
+        dump_intermediates=folder,
+    )
+    wave_compile(options, kernel)
+    return options.kernel_launch_info
+
+
+def _stated(assembly: str, key: str) -> int:
+    match = re.search(rf"\.{key}:\s+(\d+)", assembly)
+    if match is None:
+        raise KernelError(f"the assembly of a kernel states no {key}")
+    return int(match[1])
+
+
+def as_json(variant: Variant) -> dict[str, Any]:
+    """The variant as JSON data."""
+    return asdict(variant)

@@ -1,0 +1,101 @@
+"""Launching code objects: through Wave's runtime on a ROCm machine, through a stand-in of it within an emulator."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from attn_core.errors import ConfigError, PluginLoadError
+from attn_core.planning.system import detect
+from torch import Tensor
+
+from attn_wave.compiler import Compiled
+from attn_wave.shipped import ARCHITECTURES
+
+#: What a kernel is given, in its order; a tree's mask stands before the factors.
+NAMES: Final = (
+    "q", "k", "v", "work", "query_rows", "low", "high", "key_rows", "value_rows", "visible", "factors", "out", "lse",
+)  # fmt: skip
+WRITTEN: Final = ("out", "lse")
+
+#: The emulator that is entered: a module like wave_runtime, which also must be lent the tensors themselves.
+emulated: Any = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kernel:
+    """A loaded code object."""
+
+    code: Compiled
+    runtime: Any
+    #: what the runtime made of it; it unloads what nobody holds
+    binary: Any
+    function: Any
+
+    def launch(self, tensors: dict[str, Tensor], sizes: Sequence[int]) -> None:
+        """Run one workgroup for each row of ``tensors["work"]``; ``sizes`` are those of the kernel's symbols.
+
+        Tensors are passed by address: what is not contiguous is found through the tables.
+        """
+        given = {name: tensors[name] for name in NAMES if name in tensors}
+        stream = 0 if self.runtime is emulated else torch.cuda.current_stream().cuda_stream
+        workgroups = tensors["work"].shape[0]
+        # LDS is in the code object; the size here would be added to it
+        info = self.runtime.KernelLaunchInfo(stream, self.function, 0, workgroups, 1, 1, *self.code.block, 0, 0, 0)
+        addresses = self.runtime.Int64Vector([tensor.data_ptr() for tensor in given.values()])
+        if self.runtime is emulated:
+            emulated.lend(given, WRITTEN)
+        self.runtime.launch(info, addresses, self.runtime.Int64Vector(list(sizes)), [])
+
+
+def load(code: Compiled) -> Kernel:
+    """Loads ``code`` on the current device. Raises PluginLoadError without Wave's runtime or HIP."""
+    runtime = emulated if emulated is not None else _wave_runtime()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{code.name}.hsaco"
+        path.write_bytes(code.blob)
+        binary, function = runtime.load_binary(str(path), code.name)
+    return Kernel(code, runtime, binary, function)
+
+
+@cache
+def _wave_runtime() -> Any:
+    try:
+        import wave_runtime  # type: ignore[import-not-found]
+
+        wave_runtime.load_hip_functions()
+    except (ImportError, RuntimeError) as error:
+        raise PluginLoadError(
+            f"Wave's runtime cannot be used: {error}",
+            accepted="wave-lang with its runtime, and ROCm's libamdhip64",
+            hint="attn doctor shows what is missing; attn verify wave --device emulated:gfx942 needs neither",
+        ) from error
+    return wave_runtime
+
+
+def chip_of(device: torch.device) -> str:
+    """gfx942 or its like: of the device, of the emulator, or of the system that is forced (to compile ahead).
+
+    Raises PluginLoadError for a device that is no AMD GPU, ConfigError for a chip that kernels are not built for.
+    """
+    if emulated is not None:
+        arch = str(emulated.arch)
+    elif device.type == "cuda" and torch.version.hip is not None:
+        arch = str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
+    else:
+        system = detect()
+        if not (system.forced and system.device == "rocm"):
+            raise PluginLoadError(
+                f"the backend wave on {device}",
+                accepted="an AMD GPU through torch's ROCm build, or an entered emulator",
+                hint="attn warmup wave --arch gfx942 compiles for a chip that is not here",
+            )
+        arch = str(system.arch)
+    if arch not in ARCHITECTURES:
+        raise ConfigError(f"wave kernels for {arch}", given=arch, accepted=ARCHITECTURES)
+    return arch
