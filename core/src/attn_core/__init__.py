@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from attn_core.planning.discovery import register as register
     from attn_core.planning.discovery import unregister as unregister
     from attn_core.planning.hooks import FallbackEvent as FallbackEvent
+    from attn_core.planning.hookspecs import hookimpl as hookimpl
     from attn_core.planning.manifest import Manifest as Manifest
     from attn_core.planning.plan import Plan as Plan
     from attn_core.planning.plan import plan as plan
@@ -68,6 +69,7 @@ _HOMES: Final = {
     "build": "runtime.build",
     "discover": "planning.discovery",
     "evaluate": "planning.reasons",
+    "hookimpl": "planning.hookspecs",
     "merge_state": "runtime.merge_state",
     "plan": "planning.plan",
     "register": "planning.discovery",

@@ -14,7 +14,7 @@ def test_the_public_names_are_these() -> None:
         "AttentionBackend", "AttentionConfig", "AttentionLayer", "AttnError", "BackendRef", "Decision", "FallbackEvent",
         "ForwardBatch", "ForwardMode", "GraphRunner", "GraphShape", "KVCache", "LayerKind", "Manifest", "PageAllocator",
         "Phase", "PhaseRouter", "Plan", "Reason", "System", "TreeMask", "Witness", "build", "discover", "evaluate",
-        "merge_state", "plan", "register", "settle", "unregister",
+        "hookimpl", "merge_state", "plan", "register", "settle", "unregister",
     ]  # fmt: skip
 
 

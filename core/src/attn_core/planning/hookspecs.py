@@ -1,4 +1,4 @@
-"""The hooks that a plugin may implement, for pluggy: `from attn_core.planning.hookspecs import hookimpl`."""
+"""The hooks that a plugin may implement, for pluggy: `from attn_core import hookimpl`."""
 
 from __future__ import annotations
 

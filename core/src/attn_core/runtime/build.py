@@ -58,7 +58,7 @@ def settle(plan: Plan, *, installed: Installed | None = None) -> Plan:
         if not found:
             return plan
         for (_, phase), reasons in found.items():
-            if _was_named(plan.phases[phase]):
+            if plan.phases[phase].named:
                 raise _refusal(plan.phases[phase], reasons)
         refused |= found
         plan = _without(plan, refused, installed)
@@ -115,11 +115,6 @@ def _build_reasons(chosen: PhasePlan, config: AttentionConfig) -> tuple[Reason, 
     )
 
 
-def _was_named(chosen: PhasePlan) -> bool:
-    """Whether the user asked for it, or for the backend that it stands in for."""
-    return chosen.why == "named" or bool(chosen.fallback)
-
-
 def _refusal(chosen: PhasePlan, reasons: Sequence[Reason]) -> BackendRefusedError:
     return BackendRefusedError(
         f"the installed build of backend {chosen.backend.listed!r} cannot run {chosen.phase}",
@@ -134,7 +129,7 @@ def _without(plan: Plan, refused: Refusals, installed: Installed | None) -> Plan
     named: dict[Phase, str] = {
         phase: chosen.fallback[0] if chosen.fallback else chosen.backend.listed
         for phase, chosen in plan.phases.items()
-        if _was_named(chosen)
+        if chosen.named
     }
     return make_plan(
         plan.config,
