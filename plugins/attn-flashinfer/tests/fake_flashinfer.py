@@ -77,6 +77,7 @@ class Wrapper:
         self._float_workspace_buffer = float_workspace_buffer
         self._kv_layout, self._use_cuda_graph, self._backend = kv_layout, use_cuda_graph, backend
         self._int_workspace_buffer = torch.empty(8, dtype=torch.uint8)
+        self._pin_memory_int_workspace_buffer = torch.empty(8, dtype=torch.uint8)
         self._rows: list[int] | None = None
         self._max_rows: int | None = None
 

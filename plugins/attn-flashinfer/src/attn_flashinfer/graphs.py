@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,7 +20,7 @@ from attn_flashinfer.library import Library, errors_of
 from attn_flashinfer.masks import SLACK, MaskPlan, pack
 from attn_flashinfer.page_indices import expand, longest_row, on_host, page_counts
 from attn_flashinfer.step import plan_options
-from attn_flashinfer.wrappers import PlannedWrapper, workspace
+from attn_flashinfer.wrappers import Staging, workspace
 
 #: What a wrapper makes for itself: the tables of its plan on the device. All batch sizes of a shape share one.
 PLAN_BYTES: Final = 8 << 20
@@ -37,8 +39,10 @@ class _Captured:
 
     shape: LayerShape
     way: Route
-    planned: PlannedWrapper
+    wrapper: Any
     packed: Tensor | None
+    query_starts: Tensor
+    options: dict[str, Any]
 
 
 class KeyBuffers:
@@ -49,11 +53,7 @@ class KeyBuffers:
     def __init__(self, max_batch_size: int, max_pages: int, page_size: int, device: torch.device) -> None:
         self._page_size = page_size
         self._size = max_batch_size
-        pinned = device.type == "cuda"
-        # several, in turn: a copy that has not run yet must not find the lengths of a later step
-        self._staging = [torch.zeros(2 * max_batch_size + 1, dtype=torch.int32, pin_memory=pinned) for _ in range(4)]
-        self._copied: list[torch.cuda.Event | None] = [None] * len(self._staging)
-        self._turn = 0
+        self._staging = Staging(2 * max_batch_size + 1, torch.int32, device)
         self._lengths = torch.zeros(2 * max_batch_size + 1, dtype=torch.int32, device=device)
         self.indices = torch.zeros(max_batch_size * max_pages, dtype=torch.int32, device=device)
         self.host_indptr = torch.zeros(1, dtype=torch.int32)
@@ -84,25 +84,13 @@ class KeyBuffers:
                 accepted="max_batch_size requests of max_context_len tokens",
                 hint="plan with a larger max_context_len",
             )
-        staging = self._next_staging()
-        staging[: batch + 1] = self.host_indptr
-        staging[self._size + 1 : self._size + 1 + batch] = self.host_last_page_len
+        staging = self._staging.take()
+        lengths = staging.numpy()
+        lengths[: batch + 1] = self.host_indptr.numpy()
+        lengths[self._size + 1 : self._size + 1 + batch] = self.host_last_page_len.numpy()
         self._lengths.copy_(staging, non_blocking=True)
-        self._mark_copied()
+        self._staging.mark_copied()
         expand(page_table, self.indptr(batch), self.indices, longest=longest_row(self.host_indptr))
-
-    def _next_staging(self) -> Tensor:
-        self._turn = (self._turn + 1) % len(self._staging)
-        event = self._copied[self._turn]
-        if event is not None and not event.query():  # type: ignore[no-untyped-call]
-            event.synchronize()
-        return self._staging[self._turn]
-
-    def _mark_copied(self) -> None:
-        if self._lengths.is_cuda:
-            event = self._copied[self._turn] or torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-            self._copied[self._turn] = event
 
 
 class GraphPlanner:
@@ -119,7 +107,7 @@ class GraphPlanner:
         self.encoder_keys: KeyBuffers | None = None
         self._captured: dict[tuple[ForwardMode, int, int, bool], list[_Captured]] = {}
         self._plan_tables: dict[tuple[LayerShape, Route, int], Tensor] = {}
-        self._lens = torch.zeros(max_batch_size, dtype=torch.int32, device=cache.device)
+        self._staging = Staging(PLAN_BYTES, torch.uint8, cache.device)
         self._queries: dict[int, Tensor] = {}
         self._depths: dict[int, Tensor] = {}
 
@@ -130,7 +118,7 @@ class GraphPlanner:
         encoder = 0 if self.encoder_keys is None else self.encoder_keys.nbytes
         tables = [t.nbytes for t in self._plan_tables.values()]
         trees = [t.nbytes for t in self._depths.values()]
-        return self.keys.nbytes + encoder + self._lens.nbytes + sum(masks) + sum(tables) + sum(trees)
+        return self.keys.nbytes + encoder + sum(masks) + sum(tables) + sum(trees)
 
     def capture(self, batch: ForwardBatch, shapes: list[LayerShape]) -> GraphStep:
         """Wrappers over the shared buffers for every shape of layer, planned for ``batch``."""
@@ -145,7 +133,7 @@ class GraphPlanner:
             ways = [(shape, route(shape, batch, self._config, self._cache.device)) for shape in shapes]
             self._captured[key] = [self._new(batch, shape, way) for shape, way in ways]
         self._plan(batch, first=True)
-        return GraphStep({c.shape: c.planned.wrapper for c in self._captured[key]})
+        return GraphStep({c.shape: c.wrapper for c in self._captured[key]})
 
     def replay(self, batch: ForwardBatch) -> None:
         """Plan again for ``batch``. Raises BatchError for a batch size that was not captured."""
@@ -189,47 +177,54 @@ class GraphPlanner:
                 tables = torch.empty(PLAN_BYTES, dtype=torch.uint8, device=device)
                 self._plan_tables[shape, way, q] = tables
             wrapper.reset_workspace_buffer(workspace(device), tables)
-        return _Captured(shape, way, PlannedWrapper(wrapper), packed)
+        if way.masked and q not in self._depths:
+            self._depths[q] = torch.empty(self._max_batch_size * q, dtype=torch.int32, device=device)
+        starts = torch.arange(0, (b + 1) * q, q, dtype=torch.int32)
+        return _Captured(shape, way, wrapper, packed, starts, plan_options(shape, way, self._config, self._cache))
 
     def _plan(self, batch: ForwardBatch, *, first: bool) -> None:
         self.keys.refill(batch.seq_lens_cpu, batch.page_table)
         if self.encoder_keys is not None and batch.encoder_page_table is not None:
             self.encoder_keys.refill(batch.encoder_seq_lens_cpu, batch.encoder_page_table)
         for captured in self._captured[_key(batch)]:
-            options = plan_options(captured.shape, captured.way, self._config, self._cache)
-            with errors_of(f"planning a graph of {batch.batch_size} requests"):
+            with errors_of("planning a graph"), self._staged(captured.wrapper):
                 if captured.way.decode:
-                    self._plan_decode(captured, options, first)
+                    self._plan_decode(captured, first)
                 else:
-                    self._plan_prefill(captured, batch, options)
+                    self._plan_prefill(captured, batch)
 
-    def _plan_decode(self, captured: _Captured, options: dict[str, Any], first: bool) -> None:
-        keys, planned = self._keys(captured.shape), captured.planned
+    @contextmanager
+    def _staged(self, wrapper: Any) -> Iterator[None]:
+        """Plans of ``wrapper`` are computed in a piece of page-locked memory that no copy still reads."""
+        own = wrapper._pin_memory_int_workspace_buffer
+        wrapper._pin_memory_int_workspace_buffer = self._staging.take()
+        try:
+            yield
+        finally:
+            wrapper._pin_memory_int_workspace_buffer = own
+            self._staging.mark_copied()
+
+    def _plan_decode(self, captured: _Captured, first: bool) -> None:
+        keys, wrapper = self._keys(captured.shape), captured.wrapper
+        indptr, last_page_len = keys.host_indptr, keys.host_last_page_len
         if first:
-            planned.plan(planned.wrapper.plan, keys.host_indptr, keys.indices[:0], keys.host_last_page_len, **options)
+            wrapper.plan(indptr, keys.indices[:0], last_page_len, **captured.options)
             return
-        planned.plan(
-            self._library.fast_decode_plan,
-            planned.wrapper,
-            keys.host_indptr,
-            keys.indices,
-            keys.host_last_page_len,
-            global_override_indptr_cpu=keys.host_indptr,
-            **options,
+        self._library.fast_decode_plan(
+            wrapper, indptr, keys.indices, last_page_len, global_override_indptr_cpu=indptr, **captured.options
         )
 
-    def _plan_prefill(self, captured: _Captured, batch: ForwardBatch, options: dict[str, Any]) -> None:
-        keys, planned = self._keys(captured.shape), captured.planned
-        b, q = batch.batch_size, batch.num_tokens // max(1, batch.batch_size)
-        planned.plan(
-            planned.wrapper.plan,
-            torch.arange(0, (b + 1) * q, q, dtype=torch.int32),
+    def _plan_prefill(self, captured: _Captured, batch: ForwardBatch) -> None:
+        keys = self._keys(captured.shape)
+        q = batch.num_tokens // max(1, batch.batch_size)
+        captured.wrapper.plan(
+            captured.query_starts,
             keys.host_indptr,
             keys.indices[:0],
             keys.host_last_page_len,
             causal=captured.way.causal,
             uniform_q_len=q,
-            **options,
+            **captured.options,
         )
         if captured.packed is not None:
             self._refill_mask(captured, batch, q)
@@ -238,10 +233,9 @@ class GraphPlanner:
         assert captured.packed is not None
         lens = self.keys.host_lens.numpy()
         plan = MaskPlan.of(np.full(len(lens), q), lens)
-        starts = captured.planned.wrapper._mask_indptr_buf
+        starts = captured.wrapper._mask_indptr_buf
         starts.copy_(plan.byte_starts, non_blocking=True)
-        depths = self._depths.setdefault(q, self._lens.new_empty(self._max_batch_size * q))
-        pack(batch, captured.shape.window, starts, captured.packed, longest=plan.longest, depths=depths)
+        pack(batch, captured.shape.window, starts, captured.packed, longest=plan.longest, depths=self._depths[q])
 
     def _keys(self, shape: LayerShape) -> KeyBuffers:
         if not shape.cross:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,10 +12,18 @@ from attn_core.runtime.batch import ForwardBatch, ForwardMode
 from attn_core.runtime.kv_cache import KVCache
 from torch import Tensor
 
-from attn_flashinfer.graphs import KeyBuffers
+from attn_flashinfer.graphs import PLAN_BYTES, KeyBuffers
 from attn_flashinfer.library import errors_of
 from attn_flashinfer.mla_plan import LatentShape, MLAStep, plan_latent
-from attn_flashinfer.wrappers import PlannedWrapper, workspace
+from attn_flashinfer.wrappers import Staging, workspace
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Captured:
+    """One captured batch size: query_starts [B + 1] int32 on the host, and a wrapper for each shape of layer."""
+
+    query_starts: Tensor
+    wrappers: dict[LatentShape, Any]
 
 
 class MLAGraphPlanner:
@@ -30,8 +39,9 @@ class MLAGraphPlanner:
         self.keys = KeyBuffers(max_batch_size, pages, cache.page_size, cache.device)
         self._lens = torch.zeros(max_batch_size, dtype=torch.int32, device=cache.device)
         self._queries: dict[int, Tensor] = {}
-        self._tables: dict[tuple[LatentShape, int], tuple[Tensor, Tensor]] = {}
-        self._captured: dict[tuple[ForwardMode, int, int], dict[LatentShape, PlannedWrapper]] = {}
+        self._tables: dict[tuple[LatentShape, int], Tensor] = {}
+        self._staging = Staging(PLAN_BYTES, torch.uint8, cache.device)
+        self._captured: dict[tuple[ForwardMode, int, int], _Captured] = {}
 
     def capture(self, batch: ForwardBatch, shapes: list[LatentShape]) -> MLAStep:
         """Wrappers over the shared buffers for every shape of layer, planned for ``batch``."""
@@ -41,8 +51,10 @@ class MLAGraphPlanner:
         self.keys.refill(batch.seq_lens_cpu, batch.page_table)
         key = (batch.mode, b, batch.num_tokens)
         if key not in self._captured:
-            self._captured[key] = {shape: self._new(batch, shape) for shape in shapes}
-        return MLAStep({s: p.wrapper for s, p in self._captured[key].items()})
+            starts = _starts(batch)
+            self._captured[key] = _Captured(starts, {shape: self._new(batch, shape, starts) for shape in shapes})
+        self._plan(self._captured[key])
+        return MLAStep(dict(self._captured[key].wrappers))
 
     def replay(self, batch: ForwardBatch) -> None:
         """Plan again: the library's plan kernel tables alone, into the buffers that the graph reads.
@@ -55,23 +67,26 @@ class MLAGraphPlanner:
             sizes = sorted({b for mode, b, _ in self._captured if mode is batch.mode})
             raise BatchError(f"{batch.mode.name} of {batch.batch_size} requests was not captured", accepted=sizes)
         self.keys.refill(batch.seq_lens_cpu, batch.page_table)
-        for shape, planned in captured.items():
-            with errors_of(f"planning a graph of {batch.batch_size} requests"):
-                planned.plan(self._plan_tables_again, planned.wrapper, shape, batch)
+        self._plan(captured)
 
-    def _plan_tables_again(self, wrapper: Any, shape: LatentShape, batch: ForwardBatch) -> None:
-        made = wrapper._planned_backend
+    def _plan(self, captured: _Captured) -> None:
+        for shape, wrapper in captured.wrappers.items():
+            with errors_of("planning a graph"):
+                self._plan_tables(wrapper._planned_backend, shape, captured.query_starts)
+
+    def _plan_tables(self, made: Any, shape: LatentShape, query_starts: Tensor) -> None:
         plan_info = made._cached_module.plan(
             made._float_workspace_buffer,
             made._int_workspace_buffer,
-            made._pin_memory_int_workspace_buffer,
-            _starts(batch),
+            self._staging.take(),
+            query_starts,
             self.keys.host_indptr,
             self.keys.host_lens,
             shape.padded_heads,
             shape.latent_dim,
             made._causal,
         )
+        self._staging.mark_copied()
         if list(plan_info) != list(made._plan_info):
             raise KernelError(
                 "FlashInfer laid out its plan otherwise than at capture",
@@ -80,7 +95,7 @@ class MLAGraphPlanner:
                 hint="capture again",
             )
 
-    def _new(self, batch: ForwardBatch, shape: LatentShape) -> PlannedWrapper:
+    def _new(self, batch: ForwardBatch, shape: LatentShape, query_starts: Tensor) -> Any:
         b, q = batch.batch_size, batch.num_tokens // max(1, batch.batch_size)
         device = self._cache.device
         starts = self._queries.setdefault(
@@ -96,31 +111,22 @@ class MLAGraphPlanner:
                 kv_len_arr=self._lens[:b],
                 backend=self._kernels,
             )
-            planned = PlannedWrapper(wrapper)
-            planned.plan(
-                plan_latent,
+            plan_latent(
                 wrapper,
                 self._library,
                 shape,
                 self._config,
                 self._cache,
                 causal=q > 1,
-                query_starts=_starts(batch),
+                query_starts=query_starts,
                 indptr=self.keys.host_indptr,
                 indices=self.keys.indices[: int(self.keys.host_indptr[-1])],
                 lens=self.keys.host_lens,
             )
-            self._share_tables(wrapper, shape, q)
-            planned.plan(self._plan_tables_again, wrapper, shape, batch)
-        return planned
-
-    def _share_tables(self, wrapper: Any, shape: LatentShape, q: int) -> None:
-        """One set of plan tables, on the device and page-locked, for all batch sizes: one graph runs at a time, each
-        planned just before it runs."""
+        # one set of plan tables for all batch sizes: one graph runs at a time, each planned just before it runs
         made = wrapper._planned_backend
-        own = (made._int_workspace_buffer, made._pin_memory_int_workspace_buffer)
-        shared = self._tables.setdefault((shape, q), own)
-        made._int_workspace_buffer, made._pin_memory_int_workspace_buffer = shared
+        made._int_workspace_buffer = self._tables.setdefault((shape, q), made._int_workspace_buffer)
+        return wrapper
 
 
 def _starts(batch: ForwardBatch) -> Tensor:
