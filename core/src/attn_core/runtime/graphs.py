@@ -18,6 +18,9 @@ from attn_core.runtime.router import PhaseRouter
 #: What is captured: inputs by name, each [T, ...], and the batch -> outputs, each [T, ...].
 Run = Callable[[Mapping[str, Tensor], ForwardBatch], tuple[Tensor, ...]]
 
+#: The devices that torch captures graphs on, and what its class of them is called there.
+_GRAPHS: Final = {"cuda": "CUDAGraph", "npu": "NPUGraph"}
+
 #: Eager runs before a capture: kernels that compile or choose an algorithm do so in the first ones.
 _WARMUP_RUNS: Final = 2
 
@@ -26,8 +29,8 @@ class GraphRunner:
     """Replays captured steps of ``run`` over buffers that stay where they are.
 
     A batch is copied into the buffers of the smallest captured size that holds it; the requests that are missing get
-    the backend's fill value as length, null pages and slots of -1. On CUDA a replay is one graph launch; elsewhere
-    ``run`` runs again over the same buffers, so that the same bookkeeping is tested without a GPU.
+    the backend's fill value as length, null pages and slots of -1. On CUDA, ROCm and NPUs a replay is one graph launch;
+    elsewhere ``run`` runs again over the same buffers, so that the same bookkeeping is tested without a GPU.
     """
 
     def __init__(self, backend: AttentionBackend, run: Run, shape: GraphShape, *, batch_sizes: Iterable[int]) -> None:
@@ -114,9 +117,10 @@ class _Graph(Protocol):
 
 
 def _capture(run: Run, inputs: Mapping[str, Tensor], batch: ForwardBatch, pool: Any) -> _Graph:
-    if batch.device.type == "cuda":
-        return _CudaGraph(run, inputs, batch, pool)
-    return _EagerGraph(run, inputs, batch)
+    name = _GRAPHS.get(batch.device.type)
+    if name is None:
+        return _EagerGraph(run, inputs, batch)
+    return _DeviceGraph(getattr(torch, batch.device.type), name, run, inputs, batch, pool)
 
 
 class _EagerGraph:
@@ -134,18 +138,23 @@ class _EagerGraph:
         return self._outputs
 
 
-class _CudaGraph:
-    """A CUDA graph, captured after warm-up runs on another stream, as torch asks for."""
+class _DeviceGraph:
+    """A graph of the device, captured after warm-up runs on another stream, as torch asks for.
 
-    def __init__(self, run: Run, inputs: Mapping[str, Tensor], batch: ForwardBatch, pool: Any) -> None:
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+    ``library`` is torch.cuda or what has the same functions for another device, ``name`` that of its graph class.
+    """
+
+    def __init__(
+        self, library: Any, name: str, run: Run, inputs: Mapping[str, Tensor], batch: ForwardBatch, pool: Any
+    ) -> None:
+        stream = library.Stream()
+        stream.wait_stream(library.current_stream())
+        with library.stream(stream):
             for _ in range(_WARMUP_RUNS):
                 run(inputs, batch)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        library.current_stream().wait_stream(stream)
+        self._graph = getattr(library, name)()
+        with library.graph(self._graph, pool=pool):
             self._outputs = run(inputs, batch)
         self.pool = self._graph.pool() if pool is None else pool
 

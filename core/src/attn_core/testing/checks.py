@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attn_core.runtime.batch import ForwardBatch
 from attn_core.runtime.kv_cache import FP8_DTYPES, KVCache
+from attn_core.testing.exact_place import exact_place
 from attn_core.testing.scene import Scene, Step
 from attn_core.testing.tolerances import Expected, stored_error_bound
 
@@ -66,7 +67,7 @@ def form_faults(output: Output, shape: tuple[int, int, int], dtype: torch.dtype,
 
 def output_faults(output: Output, expected: Expected, where: str) -> list[Fault]:
     """The output and the LSE against the oracle, within the tolerances of each value."""
-    error = output.out.double() - expected.out
+    error = output.out.to(expected.out.device).double() - expected.out
     by_row = error.square().mean(-1).sqrt()
     wrong_rows = ~(by_row <= expected.row) | ~(error.abs() <= expected.value).all(-1)
     found = []
@@ -74,7 +75,8 @@ def output_faults(output: Output, expected: Expected, where: str) -> list[Fault]
         worst = _worst(by_row / expected.row, wrong_rows)
         found.append(Fault("output", f"{where}: {_spread(wrong_rows, worst, by_row, expected.row)}"))
     if output.lse is not None:
-        lse_error = torch.where(output.lse.double() == expected.lse, 0.0, (output.lse.double() - expected.lse).abs())
+        lse = output.lse.to(expected.lse.device).double()
+        lse_error = torch.where(lse == expected.lse, 0.0, (lse - expected.lse).abs())
         wrong = ~(lse_error <= expected.lse_value)
         if wrong.any():
             worst = _worst(lse_error / expected.lse_value, wrong)
@@ -152,6 +154,7 @@ def write_faults(
 def _pool_faults(
     where: str, scene: Scene, now: Tensor, old: Tensor, truth: Tensor, scale: float, written: Tensor
 ) -> list[Fault]:
+    now, old, truth, written = (t.to(exact_place(t.device)) for t in (now, old, truth, written))
     by_slot, was = _slot_rows(now, scene.case.layout), _slot_rows(old, scene.case.layout)
     changed = (bits(by_slot).flatten(1) != bits(was).flatten(1)).any(-1)
     allowed = torch.zeros_like(changed)

@@ -23,6 +23,7 @@ from attn_core.errors import ConfigError
 from attn_core.runtime.batch import ForwardBatch
 from attn_core.runtime.kv_cache import FP8_DTYPES, KVCache
 from attn_core.runtime.layer import AttentionLayer
+from attn_core.testing.exact_place import exact_place, placed_batch, placed_cache
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,8 +70,9 @@ def reference_ragged(
 
 def solve(found: Iterator[Problem], q: Tensor, layer: AttentionLayer) -> tuple[Tensor, Tensor]:
     """The outputs of all ``found`` problems, put into their rows; rows of no problem stay 0, with LSE -inf."""
-    out = torch.zeros(q.shape[0], layer.num_q_heads, layer.v_head_dim, dtype=torch.float64, device=q.device)
-    lse = torch.full(out.shape[:2], float("-inf"), dtype=torch.float64, device=q.device)
+    place = exact_place(q.device)
+    out = torch.zeros(q.shape[0], layer.num_q_heads, layer.v_head_dim, dtype=torch.float64, device=place)
+    lse = torch.full(out.shape[:2], float("-inf"), dtype=torch.float64, device=place)
     for problem in found:
         scores = masked_scores(problem, layer)
         probabilities, lse[problem.rows] = softmax_with_sink(scores, layer)
@@ -114,6 +116,7 @@ def problems(q: Tensor, layer: AttentionLayer, batch: ForwardBatch, cache: KVCac
             f"layer {layer.layer_id}: a window of {layer.sliding_window} on a cross layer",
             accepted="cross layers without a window: encoder keys have no position relative to the query",
         )
+    q, batch, cache = q.to(exact_place(q.device)), placed_batch(batch), placed_cache(cache, layer)
     for b, (first, last) in enumerate(pairwise(batch.query_start_loc.tolist())):
         if last == first:
             continue
@@ -149,6 +152,7 @@ def ragged_problems(
             f"layer {layer.layer_id}: a window of {layer.sliding_window} on keys that are not causal",
             accepted="a window with causal=True",
         )
+    q, k, v = (t.to(exact_place(t.device)) for t in (q, k, v))
     queries, keys = pairwise(query_start_loc.tolist()), pairwise(key_start_loc.tolist())
     for (first, last), (first_key, last_key) in zip(queries, keys, strict=True):
         n, m = last - first, last_key - first_key

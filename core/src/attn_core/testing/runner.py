@@ -34,7 +34,7 @@ from attn_core.testing.run import Result, Target, run_case
 Progress = Callable[[int, int, Result], None]
 
 #: What torch says when an earlier kernel has broken the device's context: nothing can run in this process any more.
-_LOST_DEVICE: Final = ("CUDA error", "device-side assert", "unspecified launch failure")
+_LOST_DEVICE: Final = ("CUDA error", "device-side assert", "unspecified launch failure", "NPU function error")
 
 
 def verify(

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from attn_core.runtime.kv_cache import FP8_DTYPES
 from attn_core.runtime.layer import AttentionLayer
+from attn_core.testing.exact_place import exact_place
 from attn_core.testing.reference import Problem, masked_scores, softmax_with_sink, weighted_values
 
 #: Standard errors that the root mean square over one row may be away: for Dv >= 16 independent errors, p < 1e-40.
@@ -90,9 +91,10 @@ class Expected:
 def expect(found: Iterator[Problem], q: Tensor, layer: AttentionLayer, precision: Precision) -> Expected:
     """The oracle's answer to all ``found`` problems with its tolerances; rows of no problem are 0, LSE -inf."""
     shape = (q.shape[0], layer.num_q_heads, layer.v_head_dim)
-    out, value = (torch.zeros(shape, dtype=torch.float64, device=q.device) for _ in range(2))
-    row, lse_value = (torch.zeros(shape[:2], dtype=torch.float64, device=q.device) for _ in range(2))
-    lse = torch.full(shape[:2], float("-inf"), dtype=torch.float64, device=q.device)
+    place = exact_place(q.device)
+    out, value = (torch.zeros(shape, dtype=torch.float64, device=place) for _ in range(2))
+    row, lse_value = (torch.zeros(shape[:2], dtype=torch.float64, device=place) for _ in range(2))
+    lse = torch.full(shape[:2], float("-inf"), dtype=torch.float64, device=place)
     for problem in found:
         one = _expect_one(problem, layer, precision)
         out[problem.rows], lse[problem.rows] = one.out, one.lse

@@ -1,0 +1,46 @@
+"""Where the oracle computes and compares: on the device if it has fp64, else on the host (NPUs, many XPUs)."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from attn_core.runtime.batch import ForwardBatch, TreeMask
+from attn_core.runtime.kv_cache import KVCache
+from attn_core.runtime.layer import AttentionLayer
+
+#: torch's devices (ROCm is ``cuda`` too) whose matrix products and elementwise operators take fp64.
+_FP64: Final = ("cpu", "cuda", "meta")
+
+
+def exact_place(device: torch.device) -> torch.device:
+    """The device on which tensors of ``device`` are computed with in fp64."""
+    return device if device.type in _FP64 else torch.device("cpu")
+
+
+def placed_batch(batch: ForwardBatch) -> ForwardBatch:
+    """The batch with its tensors where fp64 is; the same object where they are there already."""
+    place = exact_place(batch.device)
+    if place == batch.device:
+        return batch
+    given = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    moved: dict[str, Any] = {name: value.to(place) for name, value in given.items() if isinstance(value, Tensor)}
+    tree = None if batch.tree is None else TreeMask(batch.tree.visible.to(place))
+    return replace(batch, **moved, tree=tree, plan_state=None)
+
+
+def placed_cache(cache: KVCache, layer: AttentionLayer) -> KVCache:
+    """The cache, or a copy of the layer's pools where fp64 is."""
+    place = exact_place(cache.device)
+    if place == cache.device:
+        return cache
+    values = cache.v(layer.layer_id)
+    return KVCache(
+        {layer.layer_id: cache.k(layer.layer_id).to(place)},
+        {layer.layer_id: None if values is None else values.to(place)},
+        page_size=cache.page_size,
+        layout=cache.layout,
+    )
