@@ -28,7 +28,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeFlashInfer]:
     for name, module in stand_in.modules().items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr("attn_flashinfer.wrappers.WORKSPACE_BYTES", 1024)
-    monkeypatch.setattr("attn_flashinfer.graphs.PLAN_BYTES", 1024)
+    monkeypatch.setattr("attn_flashinfer.plan_tables.PLAN_BYTES", 1024)
     library.load.cache_clear()
     workspace.cache_clear()
     yield stand_in

@@ -19,19 +19,21 @@ FA3_WIDTHS = ((64, 64), (128, 128), (256, 256), (192, 128))
 
 
 class FakeFlashInfer:
-    """``plans``: (wrapper class, keyword arguments) of each plan; ``runs``: likewise; ``made``: wrappers."""
+    """``plans``: (wrapper class, keyword arguments) of each plan; ``runs``: likewise; ``made``: wrappers;
+    ``table_plans``: the wrappers whose compiled planner ran, through the wrapper or past it."""
 
     def __init__(self) -> None:
         self.plans: list[tuple[str, dict[str, Any]]] = []
         self.runs: list[tuple[str, dict[str, Any]]] = []
         self.made: list[Any] = []
+        self.table_plans: list[Any] = []
+        self.layout = 0  #: what the planners lay their tables out by, beside the sizes
         self.fail: Exception | None = None
 
     def modules(self) -> dict[str, ModuleType]:
         """The modules to put into sys.modules."""
         decode, prefill, mla = (ModuleType(f"flashinfer.{name}") for name in ("decode", "prefill", "mla"))
         decode.BatchDecodeWithPagedKVCacheWrapper = self._bound(Decode)
-        decode.fast_decode_plan = fast_decode_plan
         prefill.BatchPrefillWithPagedKVCacheWrapper = self._bound(Prefill)
         prefill.BatchPrefillWithRaggedKVCacheWrapper = self._bound(Ragged)
         mla.BatchMLAPagedAttentionWrapper = self._bound(MLA)
@@ -83,6 +85,7 @@ class Wrapper:
 
     def reset_workspace_buffer(self, float_workspace_buffer, int_workspace_buffer):
         self._float_workspace_buffer, self._int_workspace_buffer = float_workspace_buffer, int_workspace_buffer
+        self._pin_memory_int_workspace_buffer = torch.empty_like(int_workspace_buffer)
 
     def _note(self, list_name, arguments):
         getattr(self.log, list_name).append((type(self).__name__, arguments))
@@ -110,9 +113,42 @@ class Paged(Wrapper):
         self._plan_host(qo_indptr, indptr, last_page_len, a)
 
     def _plan_host(self, qo_indptr, indptr, last_page_len, a):
-        self._qo_host = qo_indptr.clone()
-        self._kv_host = (indptr.clone(), last_page_len.clone())
+        """As the wrappers do: the compiled module writes tables into the integer workspace, which may be shared."""
         self._plan = a
+        self._cached_module = SimpleNamespace(plan=self._plan_tables)
+        pages = torch.diff(indptr)
+        lens = (pages - 1).clamp(min=0) * a["page_size"] + last_page_len
+        window = -1 if a["window_left"] is None else a["window_left"]
+        head_dim = a.get("head_dim") or a.get("head_dim_qk")
+        sizes = (
+            int(qo_indptr[-1]), len(lens), a["num_qo_heads"], a["num_kv_heads"], a["page_size"], self._use_cuda_graph,
+            head_dim, a.get("head_dim_vo") or head_dim, a["causal"], window,
+        )  # fmt: skip
+        more = (-1, bool(a.get("disable_split_kv")), 0, 0) if self._backend == "fa2" else ()
+        workspaces = (
+            self._float_workspace_buffer,
+            self._int_workspace_buffer,
+            self._pin_memory_int_workspace_buffer,
+        )
+        self._plan_info = self._plan_tables(*workspaces, qo_indptr, indptr, lens, *sizes, *more)
+
+    def _plan_tables(
+        self, float_ws, int_ws, pinned, qo_indptr, kv_indptr, kv_lens, rows, batch, num_qo_heads, num_kv_heads,
+        page_size, in_graph, head_dim_qk, head_dim_vo, causal, window_left, *of_fa2,
+    ):  # fmt: skip
+        a = self._plan
+        self.log.table_plans.append(self)
+        assert len(of_fa2) == (4 if self._backend == "fa2" else 0), "fa2 takes four more arguments"
+        assert (rows, batch) == (int(qo_indptr[-1]), len(kv_lens))
+        assert (num_qo_heads, num_kv_heads, page_size) == (a["num_qo_heads"], a["num_kv_heads"], a["page_size"])
+        assert (in_graph, causal, window_left) == (self._use_cuda_graph, a["causal"], a["window_left"])
+        assert head_dim_qk == head_dim_vo == (a.get("head_dim") or a.get("head_dim_qk"))
+        assert torch.equal(torch.diff(kv_indptr), -(-kv_lens // page_size)), "the lengths are not those of the pages"
+        if of_fa2 and of_fa2[3]:
+            assert (torch.diff(qo_indptr) == of_fa2[3]).all(), "uniform_q_len promises more than the batch keeps"
+        assert pinned.numel() >= int_ws.numel()
+        int_ws.tables = (qo_indptr.clone(), kv_indptr.clone(), kv_lens.clone())
+        return [rows, batch, self.log.layout, *of_fa2]
 
     def _attend(self, q, paged_kv_cache, out, return_lse, k_scale, v_scale, mask):
         a = self._plan
@@ -123,15 +159,19 @@ class Paged(Wrapper):
             k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
         assert k_cache.shape[1] == a["page_size"]
         assert k_cache.stride() == v_cache.stride(), "another module would be built for unequal strides"
-        assert q.shape[0] == int(self._qo_host[-1]), "q.shape[0] does not match qo_indptr[-1]"
-        assert torch.equal(self._indptr_buf, self._kv_host[0]), "the plan is for other pages than the buffers hold"
-        assert torch.equal(self._last_buf, self._kv_host[1])
+        qo_host, kv_host, lens = self._int_workspace_buffer.tables
+        assert q.shape[0] == int(qo_host[-1]), "q.shape[0] does not match qo_indptr[-1]"
+        assert torch.equal(self._indptr_buf, kv_host), "the plan is for other pages than the buffers hold"
+        last = lens - (torch.diff(kv_host) - 1).clamp(min=0) * a["page_size"]
+        assert torch.equal(self._last_buf, last)
+        if self._use_cuda_graph and self._backend == "fa2":
+            assert self._plan_info[4] is False, "keys that are never split"
         if out is None:
             out = torch.full((*q.shape[:2], v_cache.shape[-1]), float("nan"), dtype=q.dtype)
         assert out.is_contiguous(), "the kernels write rows one after the other"
         lse = torch.full(q.shape[:2], float("nan"))
         for b in range(len(self._last_buf)):
-            rows = slice(int(self._qo_host[b]), int(self._qo_host[b + 1]))
+            rows = slice(int(qo_host[b]), int(qo_host[b + 1]))
             pages = self._indices_buf[int(self._indptr_buf[b]) : int(self._indptr_buf[b + 1])].long()
             count = 0 if not len(pages) else (len(pages) - 1) * a["page_size"] + int(self._last_buf[b])
             k = k_cache[pages].flatten(0, 1)[:count].double()
@@ -155,7 +195,7 @@ class Decode(Paged):
 
     def plan(
         self, indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, *, window_left=-1,
-        logits_soft_cap=None, q_data_type="float16", kv_data_type=None, sm_scale=None,
+        logits_soft_cap=None, q_data_type="float16", kv_data_type=None, sm_scale=None, disable_split_kv=False,
     ):  # fmt: skip
         a = dict(locals())
         self._note("plans", a)
@@ -170,21 +210,6 @@ class Decode(Paged):
     def run(self, q, paged_kv_cache, *, k_scale=None, v_scale=None, out=None, return_lse=False, sinks=None):
         self._note("runs", dict(locals()))
         return self._attend(q, paged_kv_cache, out, return_lse, k_scale or 1.0, v_scale or 1.0, None)
-
-
-def fast_decode_plan(
-    self, indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, pos_encoding_mode="NONE",
-    window_left=-1, logits_soft_cap=None, q_data_type=None, kv_data_type=None, data_type=None, sm_scale=None,
-    rope_scale=None, rope_theta=None, non_blocking=True, fixed_split_size=None, disable_split_kv=False, q_len_per_req=1,
-    global_override_indptr_cpu=None,
-):  # fmt: skip
-    a = {name: value for name, value in locals().items() if name != "self"}
-    self._note("plans", a | {"fast": True})
-    assert last_page_len.device.type == "cpu", "it would be read back"
-    assert global_override_indptr_cpu is not None
-    self._plan_host(
-        torch.arange(len(last_page_len) + 1, dtype=torch.int32), indptr, last_page_len, a | {"causal": False}
-    )
 
 
 class Prefill(Paged):
@@ -204,7 +229,7 @@ class Prefill(Paged):
         self, qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len, num_qo_heads, num_kv_heads,
         head_dim_qk, page_size, head_dim_vo=None, custom_mask=None, packed_custom_mask=None, causal=False,
         sm_scale=None, window_left=-1, logits_soft_cap=None, q_data_type="float16", kv_data_type=None,
-        uniform_q_len=None,
+        disable_split_kv=False,
     ):  # fmt: skip
         a = dict(locals())
         self._note("plans", a)

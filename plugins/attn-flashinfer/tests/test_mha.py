@@ -13,7 +13,7 @@ from attn_core.runtime.batch import ForwardBatch, ForwardMode, TreeMask
 from attn_core.runtime.kv_cache import KVCache
 from attn_core.runtime.layer import AttentionLayer
 from attn_core.testing.reference import reference, reference_ragged
-from attn_flashinfer import choice
+from attn_flashinfer import choice, graphs
 from attn_flashinfer.mha import FlashInferBackend
 from fake_flashinfer import FakeFlashInfer
 from torch import Tensor
@@ -227,9 +227,63 @@ def test_replay_reads_the_batch_of_the_replay(fake: FakeFlashInfer, what: str, w
             cache.write(layer, replayed.slot_mapping, k, v)
             out = backend.forward(q, None, None, layer, captured[len(lens)], save_kv_cache=False)
             torch.testing.assert_close(out.double(), reference(q, layer, replayed, cache)[0], atol=2e-2, rtol=2e-2)
-    if what == "decode":
-        shapes = 1 if window is None else 2
-        assert sum(bool(a.get("fast")) for _, a in fake.plans) == 3 * shapes, "decode replays plan the fast way"
+    assert len(fake.plans) == len(fake.made), "replays go past the wrappers' own plan"
+    assert len(fake.table_plans) == (2 + 2 + 3) * len(set(kinds))
+
+
+def test_a_replay_whose_plan_is_laid_out_otherwise_is_refused(fake: FakeFlashInfer) -> None:
+    config = config_of(KIND, max_context_len=40)
+    backend = FlashInferBackend(config, random_cache(config))
+    backend.init_cuda_graph_state(2, 2)
+    backend.init_forward_metadata_capture_cuda_graph(batch_of(ForwardMode.DECODE, [1, 1], [6, 7]))
+    backend.init_forward_metadata_replay_cuda_graph(batch_of(ForwardMode.DECODE, [1, 1], [16, 27]))
+    fake.layout = 64
+    with pytest.raises(KernelError, match="otherwise than at capture"):
+        backend.init_forward_metadata_replay_cuda_graph(batch_of(ForwardMode.DECODE, [1, 1], [16, 27]))
+
+
+def test_graphs_of_requests_with_different_numbers_of_tokens_are_refused(fake: FakeFlashInfer) -> None:
+    config = config_of(KIND, max_context_len=40)
+    backend = FlashInferBackend(config, random_cache(config))
+    backend.init_cuda_graph_state(2, 8)
+    with pytest.raises(BatchError, match="same number of tokens"):
+        backend.init_forward_metadata_capture_cuda_graph(batch_of(ForwardMode.DRAFT_EXTEND, [3, 1], [6, 7]))
+    backend.init_forward_metadata_capture_cuda_graph(batch_of(ForwardMode.DRAFT_EXTEND, [2, 2], [6, 7]))
+    with pytest.raises(BatchError, match="same number of tokens"):
+        backend.init_forward_metadata_replay_cuda_graph(batch_of(ForwardMode.DRAFT_EXTEND, [3, 1], [6, 7]))
+
+
+def test_masks_of_graphs_are_packed_once_a_window_and_shared_by_batch_sizes(
+    fake: FakeFlashInfer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed: list[int | None] = []
+    real = graphs.pack
+    monkeypatch.setattr(
+        graphs, "pack", lambda batch, window, *a, **o: (packed.append(window), real(batch, window, *a, **o))
+    )
+    config = config_of(KIND, replace(KIND, softcap=3.0), replace(KIND, sliding_window=5), max_context_len=40)
+    backend = FlashInferBackend(config, random_cache(config))
+    backend.init_cuda_graph_state(4, 24)
+    sizes = []
+    for b in (1, 3):
+        tree = TreeMask.from_parents(torch.tensor(PARENTS[:b]))
+        batch = batch_of(ForwardMode.TARGET_VERIFY, [6] * b, [9] * b, tree=tree)
+        backend.init_forward_metadata_capture_cuda_graph(batch)
+        assert backend._graphs is not None
+        sizes.append(backend._graphs.nbytes)
+    assert sizes[0] == sizes[1]
+    packed.clear()
+    backend.init_forward_metadata_replay_cuda_graph(batch)
+    assert sorted(packed, key=str) == [5, None]
+
+
+def test_graph_state_is_sized_by_pages_not_by_tokens(fake: FakeFlashInfer) -> None:
+    config = config_of(KIND, page_size=16, max_context_len=131072)
+    backend = FlashInferBackend(config, KVCache.allocate(config, num_pages=4))
+    backend.init_cuda_graph_state(256, 256)
+    assert backend._graphs is not None
+    assert backend._graphs.keys.indices.numel() == 256 * 131072 // 16
+    assert backend._graphs.nbytes < 64 << 20
 
 
 def test_graph_limits_are_typed(fake: FakeFlashInfer) -> None:

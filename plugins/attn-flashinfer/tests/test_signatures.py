@@ -11,7 +11,7 @@ from attn_core.runtime.batch import ForwardMode, TreeMask
 from attn_core.runtime.layer import AttentionLayer
 from attn_flashinfer.mha import FlashInferBackend
 from attn_flashinfer.mla import FlashInferMLABackend
-from fake_flashinfer import MLA, Decode, FakeFlashInfer, Prefill, Ragged, fast_decode_plan
+from fake_flashinfer import MLA, Decode, FakeFlashInfer, Prefill, Ragged
 from real_wheel import signature_of, source
 from test_mha import KIND as MHA_KIND
 from test_mha import PARENTS, STEPS, batch_of, config_of, inputs, layer_of, random_cache
@@ -29,7 +29,6 @@ FUNCTIONS: dict[str, tuple[Callable[..., object], tuple[str, str]]] = {
     "decode wrapper": (Decode.__init__, (DECODE[0], f"{DECODE[1]}.__init__")),
     "decode plan": (Decode.plan, (DECODE[0], f"{DECODE[1]}._plan_impl")),
     "decode run": (Decode.run, (DECODE[0], f"{DECODE[1]}.run")),
-    "fast decode plan": (fast_decode_plan, (DECODE[0], "fast_decode_plan")),
     "prefill wrapper": (Prefill.__init__, (PREFILL[0], f"{PREFILL[1]}.__init__")),
     "prefill plan": (Prefill.plan, (PREFILL[0], f"{PREFILL[1]}.plan")),
     "prefill run": (Prefill.run, (PREFILL[0], f"{PREFILL[1]}.run")),
@@ -107,6 +106,8 @@ def test_a_changed_signature_would_fail() -> None:
     ("member", "names"),
     [
         (PREFILL[0], ("self._mask_indptr_buf = ", "self._custom_mask_buf is not None")),
+        (PREFILL[0], ("self._plan_info = self._cached_module.plan(", "args = [\n                self._float_workspace")),
+        (DECODE[0], ("self._plan_info = self._cached_module.plan(", "self._int_workspace_buffer = int_workspace_buffer")),
         (
             "flashinfer/mla/_batch_mla/_backends/_fa_common.py",
             (
@@ -122,8 +123,35 @@ def test_the_inner_names_that_we_touch_are_still_there(member: str, names: tuple
     assert [name for name in names if name not in text] == []
 
 
+@pytest.mark.parametrize(
+    ("member", "function", "of_fa2"),
+    [
+        ("batch_prefill.cu", "BatchPrefillWithKVCachePlan", True),
+        ("batch_prefill_sm90.cu", "BatchPrefillWithKVCacheSM90Plan", False),
+    ],
+)
+def test_the_compiled_planners_take_what_graphs_pass_in_this_order(member: str, function: str, of_fa2: bool) -> None:
+    """`GraphPlanner` calls them past the wrappers, with positions alone."""
+    text = source(FLASHINFER, f"flashinfer/data/csrc/{member}")
+    inside = text[text.index(f"Array<int64_t> {function}(") :]
+    declared = inside[inside.index("(") + 1 : inside.index(")")].split(",")
+    names = [argument.partition("=")[0].split()[-1] for argument in declared]
+    more = ["fixed_split_size", "disable_split_kv", "num_colocated_ctas", "uniform_q_len"]
+    assert names == [
+        "float_workspace_buffer", "int_workspace_buffer", "page_locked_int_workspace_buffer", "qo_indptr", "kv_indptr",
+        "kv_len_arr", "total_num_rows", "batch_size", "num_qo_heads", "num_kv_heads", "page_size", "enable_cuda_graph",
+        "head_dim_qk", "head_dim_vo", "causal", "window_left", *(more if of_fa2 else ()),
+    ]  # fmt: skip
+
+
+def test_in_a_graph_keys_are_always_split_so_that_one_layout_serves_all_lengths() -> None:
+    text = source(FLASHINFER, "flashinfer/data/include/flashinfer/attention/scheduler.cuh")
+    assert "std::make_tuple(enable_cuda_graph || low < max_kv_len, low)" in text
+    assert "enable_cuda_graph ? std::max(max_batch_size_if_split, total_num_tiles_q) : new_batch_size" in text
+
+
 def test_the_order_of_the_mla_planners_tables_is_the_one_we_pass() -> None:
-    """`MLAGraphPlanner` plans the tables again without the wrapper, as `_plan_generated_fa` does."""
+    """`PlanTables` plans them again without the wrapper, as `_plan_generated_fa` does."""
     text = source(FLASHINFER, "flashinfer/mla/_batch_mla/_backends/_fa_common.py")
     inside = text[text.index("plan_args = (") :]
     order = [line.strip().rstrip(",") for line in inside[: inside.index(")")].splitlines()[1:] if line.strip()]

@@ -24,7 +24,6 @@ class Library:
     ragged_wrapper: Any
     mla_wrapper: Any
     mla_metadata: Any
-    fast_decode_plan: Any
 
 
 @cache
@@ -38,7 +37,6 @@ def load() -> Library:
             ragged_wrapper=prefill.BatchPrefillWithRaggedKVCacheWrapper,
             mla_wrapper=mla.BatchMLAPagedAttentionWrapper,
             mla_metadata=mla.MLAPlanMetadata,
-            fast_decode_plan=decode.fast_decode_plan,
         )
     except (ImportError, OSError, AttributeError) as error:
         raise PluginLoadError(

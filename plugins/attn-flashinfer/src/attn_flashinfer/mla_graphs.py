@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from attn_core.errors import BatchError, CapacityError, KernelError
+from attn_core.errors import BatchError, CapacityError
 from attn_core.planning.config import AttentionConfig
 from attn_core.runtime.batch import ForwardBatch, ForwardMode
 from attn_core.runtime.kv_cache import KVCache
 from torch import Tensor
 
-from attn_flashinfer.graphs import PLAN_BYTES, KeyBuffers
+from attn_flashinfer.key_buffers import KeyBuffers
 from attn_flashinfer.library import errors_of
 from attn_flashinfer.mla_plan import LatentShape, MLAStep, plan_latent
-from attn_flashinfer.wrappers import Staging, workspace
+from attn_flashinfer.plan_tables import PlanTables, Replanned
+from attn_flashinfer.wrappers import workspace
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Captured:
-    """One captured batch size: query_starts [B + 1] int32 on the host, and a wrapper for each shape of layer."""
+class _Captured(NamedTuple):
+    """A wrapper of one shape of layer and captured batch size, and how it is planned again."""
 
-    query_starts: Tensor
-    wrappers: dict[LatentShape, Any]
+    wrapper: Any
+    planned: Replanned
 
 
 class MLAGraphPlanner:
@@ -39,9 +38,9 @@ class MLAGraphPlanner:
         self.keys = KeyBuffers(max_batch_size, pages, cache.page_size, cache.device)
         self._lens = torch.zeros(max_batch_size, dtype=torch.int32, device=cache.device)
         self._queries: dict[int, Tensor] = {}
-        self._tables: dict[tuple[LatentShape, int], Tensor] = {}
-        self._staging = Staging(PLAN_BYTES, torch.uint8, cache.device)
-        self._captured: dict[tuple[ForwardMode, int, int], _Captured] = {}
+        self._workspaces: dict[tuple[LatentShape, int], Tensor] = {}
+        self._tables = PlanTables(cache.device)
+        self._captured: dict[tuple[ForwardMode, int, int], dict[LatentShape, _Captured]] = {}
 
     def capture(self, batch: ForwardBatch, shapes: list[LatentShape]) -> MLAStep:
         """Wrappers over the shared buffers for every shape of layer, planned for ``batch``."""
@@ -51,10 +50,9 @@ class MLAGraphPlanner:
         self.keys.refill(batch.seq_lens_cpu, batch.page_table)
         key = (batch.mode, b, batch.num_tokens)
         if key not in self._captured:
-            starts = _starts(batch)
-            self._captured[key] = _Captured(starts, {shape: self._new(batch, shape, starts) for shape in shapes})
-        self._plan(self._captured[key])
-        return MLAStep(dict(self._captured[key].wrappers))
+            self._captured[key] = {shape: self._new(batch, shape) for shape in shapes}
+        self._plan(self._captured[key], first=True)
+        return MLAStep({shape: captured.wrapper for shape, captured in self._captured[key].items()})
 
     def replay(self, batch: ForwardBatch) -> None:
         """Plan again: the library's plan kernel tables alone, into the buffers that the graph reads.
@@ -67,37 +65,16 @@ class MLAGraphPlanner:
             sizes = sorted({b for mode, b, _ in self._captured if mode is batch.mode})
             raise BatchError(f"{batch.mode.name} of {batch.batch_size} requests was not captured", accepted=sizes)
         self.keys.refill(batch.seq_lens_cpu, batch.page_table)
-        self._plan(captured)
+        self._plan(captured, first=False)
 
-    def _plan(self, captured: _Captured) -> None:
-        for shape, wrapper in captured.wrappers.items():
+    def _plan(self, many: dict[LatentShape, _Captured], *, first: bool) -> None:
+        for captured in many.values():
             with errors_of("planning a graph"):
-                self._plan_tables(wrapper._planned_backend, shape, captured.query_starts)
+                self._tables.plan(captured.planned, self.keys.host_indptr, self.keys.host_lens, first=first)
 
-    def _plan_tables(self, made: Any, shape: LatentShape, query_starts: Tensor) -> None:
-        plan_info = made._cached_module.plan(
-            made._float_workspace_buffer,
-            made._int_workspace_buffer,
-            self._staging.take(),
-            query_starts,
-            self.keys.host_indptr,
-            self.keys.host_lens,
-            shape.padded_heads,
-            shape.latent_dim,
-            made._causal,
-        )
-        self._staging.mark_copied()
-        if list(plan_info) != list(made._plan_info):
-            raise KernelError(
-                "FlashInfer laid out its plan otherwise than at capture",
-                given=list(plan_info),
-                accepted=list(made._plan_info),
-                hint="capture again",
-            )
-
-    def _new(self, batch: ForwardBatch, shape: LatentShape, query_starts: Tensor) -> Any:
+    def _new(self, batch: ForwardBatch, shape: LatentShape) -> _Captured:
         b, q = batch.batch_size, batch.num_tokens // max(1, batch.batch_size)
-        device = self._cache.device
+        device, query_starts = self._cache.device, torch.arange(0, (b + 1) * q, q, dtype=torch.int32)
         starts = self._queries.setdefault(
             q, torch.arange(0, (self._max_batch_size + 1) * q, q, dtype=torch.int32, device=device)
         )
@@ -125,10 +102,6 @@ class MLAGraphPlanner:
             )
         # one set of plan tables for all batch sizes: one graph runs at a time, each planned just before it runs
         made = wrapper._planned_backend
-        made._int_workspace_buffer = self._tables.setdefault((shape, q), made._int_workspace_buffer)
-        return wrapper
-
-
-def _starts(batch: ForwardBatch) -> Tensor:
-    q = batch.num_tokens // max(1, batch.batch_size)
-    return torch.arange(0, (batch.batch_size + 1) * q, q, dtype=torch.int32)
+        made._int_workspace_buffer = self._workspaces.setdefault((shape, q), made._int_workspace_buffer)
+        sizes = (shape.padded_heads, shape.latent_dim, made._causal)
+        return _Captured(wrapper, Replanned(made, query_starts, sizes))

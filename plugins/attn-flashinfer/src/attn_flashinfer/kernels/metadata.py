@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +14,7 @@ _TILE = 1024
 _HEADS = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_stride"], do_not_specialize_on_alignment=["page_table", "indptr", "indices"])
 def _expand(page_table, indptr, indices, row_stride, TILE: tl.constexpr):
     b = tl.program_id(0)
     first = tl.load(indptr + b)
@@ -22,10 +24,20 @@ def _expand(page_table, indptr, indices, row_stride, TILE: tl.constexpr):
     tl.store(indices + first + column, tl.load(page_table + b.to(tl.int64) * row_stride + column, mask=live), mask=live)
 
 
+#: The one compiled form of `_expand`, by device: it assumes nothing of its arguments, so all launches share it.
+_EXPAND: dict[torch.device, Any] = {}
+
+
 def launch_expand(page_table: Tensor, indptr: Tensor, indices: Tensor, longest: int) -> None:
-    """See `page_indices.expand`."""
-    grid = (page_table.shape[0], triton.cdiv(longest, _TILE))
-    _expand[grid](page_table, indptr, indices, page_table.stride(0), TILE=_TILE, num_warps=4)
+    """See `page_indices.expand`. After the first launch past Triton's dispatch, which costs more than the kernel."""
+    grid = (page_table.shape[0], -(-longest // _TILE), 1)
+    kernel = _EXPAND.get(page_table.device)
+    if kernel is None:
+        launched = _expand[grid](page_table, indptr, indices, page_table.stride(0), TILE=_TILE, num_warps=4)
+        if launched is not None:  # Triton's interpreter compiles nothing
+            _EXPAND[page_table.device] = launched
+        return
+    kernel[grid](page_table, indptr, indices, page_table.stride(0), _TILE)
 
 
 @triton.jit
