@@ -106,8 +106,7 @@ def test_a_changed_signature_would_fail() -> None:
     ("member", "names"),
     [
         (PREFILL[0], ("self._mask_indptr_buf = ", "self._custom_mask_buf is not None")),
-        (PREFILL[0], ("self._plan_info = self._cached_module.plan(", "args = [\n                self._float_workspace")),
-        (DECODE[0], ("self._plan_info = self._cached_module.plan(", "self._int_workspace_buffer = int_workspace_buffer")),
+        *((file, ("self._plan_info = self._cached_module.plan(",)) for file, _ in (PREFILL, DECODE)),
         (
             "flashinfer/mla/_batch_mla/_backends/_fa_common.py",
             (
