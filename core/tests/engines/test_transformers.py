@@ -16,7 +16,7 @@ from attn_core.errors import BackendRefusedError, BatchError, CacheFullError, Co
 from attn_core.runtime.batch import ForwardBatch
 from torch import Tensor
 
-from .tiny_models import IMAGE, MODELS, VISION
+from .tiny_models import GEMMA2_TEXT, IMAGE, LAYER_TYPES, MODELS, VISION, mllama, paligemma
 
 #: largest difference of a logit from transformers' own eager attention, both in fp32
 TOLERANCE = 1e-4
@@ -48,7 +48,9 @@ def fresh(changed: Callable[..., Any], **changes: Any) -> tuple[str, Any]:
     return f"attn-{name}", cls
 
 
-def generate(model: Any, implementation: str, ids: Tensor, mask: Tensor | None = None, **options: Any) -> Any:
+def generate(
+    model: Any, implementation: str | dict[str, str], ids: Tensor, mask: Tensor | None = None, **options: Any
+) -> Any:
     """Greedy tokens and the logits that they were chosen from."""
     model.eval().set_attn_implementation(implementation)
     mask = torch.ones_like(ids) if mask is None else mask
@@ -217,6 +219,74 @@ def test_images_see_each_other_and_their_tower_is_ours_too(name: str, changed: A
 
     forgetful, _ = fresh(changed, batch=forget)
     assert distance(generate(model, forgetful, ids, **inputs), wanted) > VISIBLE
+
+
+@pytest.mark.parametrize("layers", [LAYER_TYPES, LAYER_TYPES[::-1]], ids=["window first", "window last"])
+def test_spans_that_reach_past_a_window_are_refused(layers: list[str]) -> None:
+    model = paligemma(**GEMMA2_TEXT, sliding_window=8, layer_types=layers)
+    ids = torch.tensor([[*[IMAGE] * 16, 2, 5]])
+    with pytest.raises(ConfigError, match="neither causal"):
+        generate(model, "attn", ids, pixel_values=torch.randn(1, 3, 28, 28), token_type_ids=torch.zeros_like(ids))
+
+
+MLLAMA_PROMPTS = torch.tensor([[1, IMAGE, 5, 6, 7, 8, 9, 10], [1, 20, 21, IMAGE, 22, 23, 24, 25]])
+
+
+def images_of_one_and_two_tiles() -> dict[str, Tensor]:
+    """What transformers' processor gives for MLLAMA_PROMPTS: tokens from the image on see their image's tiles."""
+    seen = torch.zeros(2, 8, 1, 2)
+    seen[0, 1:, :, :1] = 1
+    seen[1, 3:] = 1
+    return {
+        "pixel_values": torch.randn(2, 1, 2, 3, 28, 28),
+        "aspect_ratio_ids": torch.tensor([[1], [2]]),
+        "aspect_ratio_mask": torch.tensor([[[1, 0]], [[1, 1]]]),
+        "cross_attention_mask": seen,
+    }
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_cross_layers_keep_their_encoder_in_pages(options: dict[str, Any], changed: Any) -> None:
+    model, inputs = mllama(), images_of_one_and_two_tiles()
+    lens: list[Any] = []
+
+    def note(batch: ForwardBatch) -> None:
+        if batch.encoder_seq_lens is not None:
+            lens.append((batch.encoder_seq_lens.tolist(), batch.encoder_slot_mapping is not None))
+
+    implementation, _ = fresh(changed, batch=note)
+    wanted = generate(model, "eager", MLLAMA_PROMPTS, **inputs, **options)
+    ours = {"text_config": implementation, "vision_config": "eager"}
+    got = generate(model, ours, MLLAMA_PROMPTS, **inputs, **options)
+    assert torch.equal(got.sequences, wanted.sequences)
+    assert distance(got, wanted) < TOLERANCE
+    if not options:
+        # Tokens before an image see its padding tile too, so that they are a request of their own.
+        assert lens[:3] == [([34, 17, 34], True), ([17, 34], False), ([17, 34], False)]
+
+    def blind(batch: ForwardBatch) -> None:
+        if batch.encoder_seq_lens is not None:
+            batch.encoder_seq_lens[:] = 34  # the padding tile too
+
+    forgetful = {"text_config": fresh(changed, batch=blind)[0], "vision_config": "eager"}
+    assert distance(generate(model, forgetful, MLLAMA_PROMPTS, **inputs, **options), wanted) > VISIBLE
+
+
+def test_cross_layers_are_skipped_for_text_alone() -> None:
+    model = mllama()
+    text = torch.randint(5, 246, (2, 9))
+    assert distance(generate(model, "attn", text), generate(model, "eager", text)) < TOLERANCE
+
+
+def test_a_conversation_goes_on_in_the_cache_that_generate_made(changed: Any) -> None:
+    model, ids = MODELS["gemma3"](), torch.randint(5, 246, (1, 9))
+    implementation, backend = fresh(changed)
+    first = generate(model, implementation, ids)
+    longer = torch.cat((first.sequences, torch.randint(5, 246, (1, 30))), dim=1)
+    backend.modes.clear()
+    got = generate(model, implementation, longer, past_key_values=first.past_key_values, max_new_tokens=40)
+    assert distance(got, generate(model, "eager", longer, max_new_tokens=40)) < TOLERANCE
+    assert backend.modes == ["EXTEND", *["DECODE"] * 39]
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt_oss"])

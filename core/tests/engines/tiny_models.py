@@ -21,6 +21,8 @@ LATENT: dict[str, Any] = {
 }  # fmt: skip
 LAYER_TYPES = ["sliding_attention", "full_attention"]
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128,
+        "mscale": 1.0, "mscale_all_dim": 1.0}  # fmt: skip
 TOWER: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
     "patch_size": 7, "vision_use_head": False, "initializer_range": 0.2,
@@ -52,9 +54,9 @@ def gemma3_vision() -> Any:
     return model
 
 
-def paligemma() -> Any:
+def paligemma(**text: Any) -> Any:
     config = hf.PaliGemmaConfig(
-        text_config={**TEXT, "model_type": "gemma"}, projection_dim=64, hidden_size=64,
+        text_config={**TEXT, "model_type": "gemma", **text}, projection_dim=64, hidden_size=64,
         vision_config={**TOWER, "projection_dim": 64, "model_type": "siglip_vision_model"},
     )  # fmt: skip
     config.image_token_id = IMAGE
@@ -76,9 +78,33 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
     "gpt_oss": gpt_oss,
     "deepseek_v2": lambda: hf.DeepseekV2ForCausalLM(hf.DeepseekV2Config(**LATENT)),
+    "deepseek_v3_yarn": lambda: hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**LATENT, rope_parameters=YARN)),
     "deepseek_v3": lambda: hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**LATENT)),
 }
+#: of PaliGemma 2, whose prefix is seen even where the window ends in it
+GEMMA2_TEXT = {"model_type": "gemma2", "query_pre_attn_scalar": 16}
 VISION: dict[str, tuple[Callable[[], Any], list[int]]] = {
     "gemma3": (gemma3_vision, [2, 5, 6, 253, IMAGE, IMAGE, IMAGE, IMAGE, 254, *range(7, 19)]),
+    "paligemma2": (
+        lambda: paligemma(**GEMMA2_TEXT, sliding_window=24, layer_types=LAYER_TYPES),
+        [*[IMAGE] * 16, 2, 5, 6, 7],
+    ),
     "paligemma": (paligemma, [*[IMAGE] * 16, 2, 5, 6, 7]),
 }
+
+
+def mllama() -> Any:
+    config = hf.MllamaConfig(
+        text_config={**BASE, "num_hidden_layers": 3, "cross_attention_layers": [1], "rope_parameters": ROPE,
+                     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+        vision_config={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_global_layers": 1,
+                       "attention_heads": 2, "image_size": 28, "patch_size": 7, "max_num_tiles": 2,
+                       "vision_output_dim": 64, "intermediate_layers_indices": [0],
+                       "supported_aspect_ratios": [[1, 1], [1, 2]]},
+        image_token_index=IMAGE,
+    )  # fmt: skip
+    model = hf.MllamaForConditionalGeneration(config)
+    for name, parameter in model.named_parameters():
+        if "gate" in name:  # they begin at 0, which would hide the cross layers
+            torch.nn.init.constant_(parameter, 1.0)
+    return model

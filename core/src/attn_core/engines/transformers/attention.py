@@ -54,8 +54,9 @@ def attention_function(backend: str) -> AttentionFunction:
             from attn_core.engines.transformers.continuous import attend_packed
 
             return attend_packed(given_keys, module, query, key, value, cache, maths, dropout, others), None
-        refuse_unknown(module, None if mask is not None else attention_mask, dropout, others)
         update = take_update(getattr(module, "layer_idx", None), key)
+        crosses = update is not None and update.layer_idx in update.cache.cross_layers
+        refuse_unknown(module, None if mask is not None or crosses else attention_mask, dropout, others)
         if mask is not None:
             mask.check_window(sliding_window)
         if update is None:
@@ -66,6 +67,8 @@ def attention_function(backend: str) -> AttentionFunction:
                 f"a cache for {update.cache.backend_name}, called through {implementation_of(backend)!r}",
                 accepted=f"a cache made after set_attn_implementation({implementation_of(backend)!r})",
             )
+        if crosses:
+            return _over_encoder(query, update, attention_mask, maths), None
         return _over_pages(module, query, update, mask, maths), None
 
     return attend
@@ -82,11 +85,23 @@ def _over_pages(
             f"{type(module).__name__} is not causal, and its mask says nothing of what its tokens see",
             accepted="a model whose masks are made by transformers' masking_utils",
         )
+    assert update.keys is not None
+    assert update.values is not None
     q, k, v = packing.pack(query), packing.pack(update.keys), packing.pack(update.values)
     if layer.kind == "mla":
         step.latents[update.layer_idx] = torch.cat((k, v), dim=-1)
         return packing.unpack(absorbed(module, q.transpose(0, 1)[None], layer, step))
     out = step.backend.forward(q, k, v, layer, step.batch)
+    assert isinstance(out, Tensor)
+    return packing.unpack(out)
+
+
+def _over_encoder(query: Tensor, update: Update, mask: Tensor | None, maths: dict[str, Any]) -> Tensor:
+    """Attention of one cross layer over its encoder's pages, [B, Q, Hq, Dv]; ``mask`` as the model made it."""
+    step, packing = update.cache.step(update, query, None, None)
+    layer = step.layers.layer(update.layer_idx, **maths)
+    k, v = (None if x is None else x.transpose(1, 2).flatten(0, 1).contiguous() for x in (update.keys, update.values))
+    out = step.backend.forward(packing.pack(query), k, v, layer, update.cache.cross_batch(mask))
     assert isinstance(out, Tensor)
     return packing.unpack(out)
 

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from attn_core.engines.transformers.masks import StepMask
+from attn_core.engines.transformers.encoder import EncoderPages
+from attn_core.engines.transformers.masks import Spans, StepMask
 from attn_core.engines.transformers.names import backend_of, implementation_of
 from attn_core.engines.transformers.packing import Packing
-from attn_core.engines.transformers.planning import plan_cached
-from attn_core.errors import BatchError, CacheFullError, ConfigError
+from attn_core.engines.transformers.planning import encoder_len, plan_cached
+from attn_core.engines.transformers.requests import RequestPages
+from attn_core.errors import BatchError, ConfigError
 from attn_core.generate.attention import PagedStep, PlannedLayers
 from attn_core.runtime.batch import ForwardBatch, ForwardMode
 from attn_core.runtime.build import build, settle
-from attn_core.runtime.kv_cache import KVCache, PageAllocator
+from attn_core.runtime.kv_cache import KVCache
 
 
 @dataclass(slots=True)
@@ -27,8 +29,13 @@ class Update:
 
     cache: PagedCache
     layer_idx: int
-    keys: Tensor
-    values: Tensor
+    #: None where a cross layer asks for what its first pass wrote
+    keys: Tensor | None
+    values: Tensor | None
+
+
+#: the attribute of a cross layer's stub that says whose it is
+_STUB_OF: Final = "attn_update"
 
 
 class _Pending(threading.local):
@@ -46,7 +53,7 @@ def take_update(layer_idx: int | None, key: Tensor) -> Update | None:
     """
     update, _pending.update = _pending.update, None
     if update is None:
-        return None
+        return getattr(key, _STUB_OF, None)
     if update.layer_idx != layer_idx or not (update.cache.latent or key is update.keys):
         raise BatchError(
             f"layer {update.layer_idx} updated the cache, and layer {layer_idx} asks for attention over other keys",
@@ -61,7 +68,7 @@ class PagedCache(Cache):
 
     It counts columns as transformers does, padding among them; pages hold tokens only. Beams share pages: one that is
     written to while another request holds it is copied first. Chains of up to ``max_draft_tokens`` guesses run as the
-    phase `verify`.
+    phase `verify`. Cross layers keep their encoder's keys in the same pool.
     """
 
     def __init__(
@@ -73,48 +80,83 @@ class PagedCache(Cache):
         backend: str | None = None,
         page_size: int | None = None,
         max_draft_tokens: int = 0,
+        max_images: int = 1,
     ) -> None:
         """Room for ``max_batch_size`` requests of ``max_seq_len`` tokens; ``backend`` None is the model's own.
 
+        ``max_images`` counts the images of a request, for models with cross layers.
         Raises ConfigError for a model that cannot be served or that has another attn_implementation, and what ``plan``
         and ``build`` raise.
         """
         own = backend_of(model.config.get_text_config()._attn_implementation)
-        self.backend_name = own if backend is None else backend
-        if own is None or self.backend_name != own:
+        if own is None or backend not in (None, own):
             raise ConfigError(
                 f"a PagedCache for a model with attn_implementation {model.config._attn_implementation!r}",
                 accepted=f"{implementation_of(backend or 'auto')!r}, after attn_core.engines.transformers.register()",
             )
+        self.backend_name = own
+        #: made by generate(), which may ask it to hold more than at first
+        self.grows = False
+        self._draft_tokens = max_draft_tokens
+        self._images = max_images
+        self._room = max_batch_size, max_seq_len
+        count = self._open(model, page_size=page_size, kv_layout=None)
+        self._requests = RequestPages(count, self.kv_cache.page_size, self._copy_page)
+        self._encoder = EncoderPages(self._requests)
+        kinds = self.plan.config.cached_kinds
+        self.latent = any(kind.kind == "mla" for kind in kinds)
+        self.cross_layers = frozenset(i for kind in kinds if kind.cross for i in kind.layer_ids)
+        self._first = min(i for kind in kinds if not kind.cross for i in kind.layer_ids)
+        self._step: tuple[PagedStep, Packing] | None = None
+        self._spans: Spans | None = None
+        super().__init__(layers=[self._layer(i) for i in range(max(self.kv_cache.layer_ids) + 1)])
+
+    def _open(self, model: Any, *, page_size: int | None, kv_layout: str | None) -> int:
+        """Plan and make a pool with room for what was asked for; gives its number of pages."""
+        batch_size, seq_len = self._room
         self.plan = settle(
-            plan_cached(model, own, max_draft_tokens=max_draft_tokens, page_size=page_size, max_context_len=max_seq_len)
-        )
+            plan_cached(
+                model, self.backend_name, max_draft_tokens=self._draft_tokens, page_size=page_size,
+                kv_layout=kv_layout, max_context_len=seq_len,
+            )
+        )  # fmt: skip
         config = self.plan.config
         assert config.page_size is not None
-        self._page_size = config.page_size
-        self._draft_tokens = max_draft_tokens
+        lens = seq_len, encoder_len(model.config, self._images)
         # one page more for each request: the last page of a beam is copied before its first one is given back
-        count = 1 + max_batch_size * (-(-max_seq_len // config.page_size) + 1)
+        count = 1 + batch_size * (1 + sum(-(-length // config.page_size) for length in lens))
         self.kv_cache = KVCache.allocate(config, num_pages=count, device=model.device)
         self.backend = build(self.plan, self.kv_cache)
-        self.latent = any(kind.kind == "mla" for kind in config.cached_kinds)
         self.planned = PlannedLayers(config)
-        self._allocator = PageAllocator(count)
-        self._pages: list[list[int]] = []
-        self._valid = torch.zeros(0, 0, dtype=torch.bool)  # [B, columns], on the host
-        self._first = min(self.kv_cache.layer_ids)
-        self._step: tuple[PagedStep, Packing] | None = None
-        super().__init__(layers=[PagedLayer(self, i) for i in range(max(self.kv_cache.layer_ids) + 1)])
+        return count
+
+    def make_room(self, model: Any, *, max_batch_size: int, max_seq_len: int) -> None:
+        """Move into a pool that holds this much, if this one does not: at least twice as long, as it happens again."""
+        batch_size, seq_len = self._room
+        if max_batch_size <= batch_size and max_seq_len <= seq_len:
+            return
+        self._room = (
+            max(batch_size, max_batch_size),
+            seq_len if max_seq_len <= seq_len else max(max_seq_len, 2 * seq_len),
+        )
+        before = self.kv_cache
+        count = self._open(model, page_size=before.page_size, kv_layout=before.layout)
+        moved = self._requests.move(count, self._encoder.pages)
+        if moved:
+            source, target = (torch.tensor(ids, device=before.device) for ids in (list(moved), list(moved.values())))
+            for layer_id in before.layer_ids:
+                for old, new in zip(_tensors(before, layer_id), _tensors(self.kv_cache, layer_id), strict=True):
+                    new[target] = old[source]
 
     @property
     def columns(self) -> int:
         """Columns so far, padding among them."""
-        return self._valid.shape[1]
+        return self._requests.columns
 
     @property
     def pages_in_use(self) -> int:
         """Pages that requests hold, a shared one counted once."""
-        return self._allocator.num_pages - 1 - self._allocator.num_free
+        return self._requests.in_use
 
     def accept(self, layer_idx: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """A layer's new keys and values, [B, H, Q, D]; its attention call follows and gets what is given here.
@@ -124,6 +166,8 @@ class PagedCache(Cache):
         if layer_idx == self._first:
             self._step = None
         _pending.update = Update(self, layer_idx, keys, values)
+        if layer_idx in self.cross_layers:
+            self._encoder.accept(keys)
         return (keys[:, :, :1], values[:, :, :1]) if self.latent else (keys, values)
 
     def step(
@@ -133,48 +177,45 @@ class PagedCache(Cache):
 
         Raises BatchError for masks that contradict what was cached, CacheFullError for more tokens than were asked for.
         """
+        spans = None if mask is None else mask.spans(window)
         if update.layer_idx == self._first:
-            self._step = self._begin(query, mask, window)
+            self._step = self._begin(query, mask, spans)
+            self._spans = spans
         if self._step is None:
             raise BatchError(f"a pass that begins at layer {update.layer_idx}", accepted=f"layer {self._first} first")
+        if spans != self._spans and update.layer_idx not in self.cross_layers:
+            raise ConfigError(
+                f"layer {update.layer_idx} has spans {spans}, the first layer {self._spans}",
+                accepted="the same tokens that see each other in every layer",
+            )
         return self._step
 
-    def _begin(self, query: Tensor, mask: StepMask | None, window: int | None) -> tuple[PagedStep, Packing]:
+    def _begin(self, query: Tensor, mask: StepMask | None, spans: Spans | None) -> tuple[PagedStep, Packing]:
+        requests = self._requests
         batch_size, length = query.shape[0], query.shape[2]
-        valid = self._columns_after(batch_size, length, mask)
+        valid = requests.columns_after(batch_size, length, None if mask is None else mask.valid)
         packing = Packing(batch_size, length, None if bool(valid.all()) else valid, query.device)
         seq_lens = valid.sum(1).tolist()
-        self._reserve(seq_lens, packing.lens)
+        requests.reserve(seq_lens, packing.lens)
         batch = ForwardBatch.build(
             self._mode(packing.lens, seq_lens),
             query_lens=packing.lens,
             seq_lens=seq_lens,
-            pages=self._pages,
-            page_size=self._page_size,
+            pages=requests.pages,
+            page_size=requests.page_size,
             device=query.device,
-            spans=None if mask is None else mask.spans(window),
+            spans=spans,
         )
         self.backend.init_forward_metadata(batch)
-        self._valid = valid
+        requests.valid = valid
+        self._encoder.begin()
         return PagedStep(self.planned, self.backend, batch), packing
 
-    def _columns_after(self, batch_size: int, length: int, mask: StepMask | None) -> Tensor:
-        """[B, columns] after this step. Raises BatchError where it contradicts the columns that are cached."""
-        if not self.columns:
-            self._pages = self._pages or [[] for _ in range(batch_size)]
-            self._valid = torch.zeros(batch_size, 0, dtype=torch.bool)
-        total = self.columns + length
-        if batch_size != len(self._pages):
-            raise BatchError(f"{batch_size} requests over a cache of {len(self._pages)}", accepted="the same requests")
-        given = None if mask is None else mask.valid
-        valid = torch.ones(batch_size, total, dtype=torch.bool) if given is None else given
-        if valid.shape != (batch_size, total) or not torch.equal(valid[:, : self.columns], self._valid):
-            raise BatchError(
-                f"a mask of columns {tuple(valid.shape)} over {self.columns} cached and {length} new columns"
-                " that differs from what was cached",
-                accepted="the mask of the steps before, and the new columns after it",
-            )
-        return valid
+    def cross_batch(self, mask: Any) -> ForwardBatch:
+        """The batch of the cross layers of this pass; ``mask`` [B, 1, Q, S] says which keys a token sees, or None."""
+        assert self._step is not None
+        step, packing = self._step
+        return self._encoder.batch(step, packing, mask)
 
     def _mode(self, query_lens: list[int], seq_lens: list[int]) -> ForwardMode:
         longest, before = max(query_lens), min(s - q for s, q in zip(seq_lens, query_lens, strict=True))
@@ -183,37 +224,10 @@ class PagedCache(Cache):
         chain = before > 0 and min(query_lens) == longest
         return ForwardMode.TARGET_VERIFY if chain and longest <= self._draft_tokens else ForwardMode.EXTEND
 
-    # -- pages
-
-    def _reserve(self, seq_lens: list[int], query_lens: list[int]) -> None:
-        """Pages for the new tokens of every request; a shared page that is written to becomes the request's own."""
-        for pages, seq_len, new in zip(self._pages, seq_lens, query_lens, strict=True):
-            first = (seq_len - new) // self._page_size
-            for i in range(first, len(pages) if new else first):
-                if self._allocator.references(pages[i]) > 1:
-                    pages[i] = self._copied(pages[i])
-            missing = -(-seq_len // self._page_size) - len(pages)
-            if missing > 0:
-                pages += self._take(missing)
-
-    def _take(self, count: int) -> list[int]:
-        try:
-            return self._allocator.allocate(count)
-        except CacheFullError as error:
-            raise CacheFullError(
-                f"the cache has room for {self._allocator.num_pages - 1} pages of {self._page_size} tokens, and all are"
-                " in use",
-                hint="PagedCache(max_seq_len=...), or let generate() make it",
-            ) from error
-
-    def _copied(self, page: int) -> int:
-        (own,) = self._take(1)
+    def _copy_page(self, page: int, to: int) -> None:
         for layer_id in self.kv_cache.layer_ids:
-            for tensor in (self.kv_cache.k(layer_id), self.kv_cache.v(layer_id)):
-                if tensor is not None:
-                    tensor[own].copy_(tensor[page])
-        self._allocator.release([page])
-        return own
+            for tensor in _tensors(self.kv_cache, layer_id):
+                tensor[to].copy_(tensor[page])
 
     # -- what transformers asks of a cache
 
@@ -223,11 +237,7 @@ class PagedCache(Cache):
             raise ConfigError(
                 f"crop({tokens_to_remove}) of {self.columns} columns", accepted="minus the number of columns to remove"
             )
-        self._valid = self._valid[:, : self.columns + tokens_to_remove]
-        for pages, seq_len in zip(self._pages, self._valid.sum(1).tolist(), strict=True):
-            keep = -(-seq_len // self._page_size)
-            self._allocator.release(pages[keep:])
-            del pages[keep:]
+        self._requests.crop(-tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Request i goes on from what request ``beam_idx[i]`` holds."""
@@ -236,33 +246,29 @@ class PagedCache(Cache):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these requests, in this order; one may be named twice."""
         chosen = indices.tolist()
-        before = self._pages
-        self._pages = [list(before[i]) for i in chosen]
-        for pages in self._pages:
-            self._allocator.share(pages)
-        for pages in before:
-            self._allocator.release(pages)
-        self._valid = self._valid[chosen]
+        self._requests.select(chosen)
+        self._encoder.select(chosen)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every request ``repeats`` times."""
-        self.batch_select_indices(torch.arange(len(self._pages)).repeat_interleave(repeats))
+        self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def reset(self) -> None:
         """Empty, as at first."""
-        for pages in self._pages:
-            self._allocator.release(pages)
-        self._pages = []
-        self._valid = torch.zeros(0, 0, dtype=torch.bool)
+        self._encoder.reset()
+        self._requests.reset()
         self._step = None
 
     @property
     def batch_size(self) -> int:
-        return len(self._pages)
+        return len(self._requests.pages)
 
     @property
     def is_initialized(self) -> bool:
         return bool(self.columns)
+
+    def _layer(self, layer_idx: int) -> PagedLayer:
+        return (CrossLayer if layer_idx in self.cross_layers else PagedLayer)(self, layer_idx)
 
 
 class PagedLayer(CacheLayerMixin):
@@ -276,6 +282,7 @@ class PagedLayer(CacheLayerMixin):
         self._cache = cache
         self._layer_idx = layer_idx
         self.is_initialized = True
+        self.keys = self.values = torch.zeros(0)  # asked for their size by models with cross layers
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Pages are there from the beginning."""
@@ -291,3 +298,24 @@ class PagedLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+
+class CrossLayer(PagedLayer):  # type: ignore[no-untyped-call]
+    """A cross layer: the model asks whether it holds its encoder's keys, and takes them from ``keys`` if so.
+
+    What it finds there is a stub that says whose it is; the keys are in pages.
+    """
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        given = super().update(key_states, value_states)
+        self.keys = self.values = key_states.new_zeros(1)
+        setattr(self.keys, _STUB_OF, Update(self._cache, self._layer_idx, None, None))
+        return given
+
+    def reset(self) -> None:
+        self.keys = self.values = torch.zeros(0)
+
+
+def _tensors(cache: KVCache, layer_id: int) -> list[Tensor]:
+    """The layer's tensors: keys and values, or the latent alone."""
+    return [tensor for tensor in (cache.k(layer_id), cache.v(layer_id)) if tensor is not None]

@@ -12,6 +12,8 @@ from torch import Tensor
 from attn_core.errors import ConfigError
 
 Span = tuple[int, int]
+#: for each request
+Spans = list[list[Span]]
 
 
 @dataclass(slots=True, eq=False)
@@ -31,7 +33,7 @@ class StepMask:
     causal: bool = True
     window: int | None = None
     dense: Tensor | None = None
-    _spans: dict[int | None, list[list[Span]]] = field(default_factory=dict)
+    _spans: dict[int | None, Spans] = field(default_factory=dict)
 
     def check_window(self, window: int | None) -> None:
         """Raise ConfigError unless a layer with ``window`` may be given this mask."""
@@ -41,7 +43,7 @@ class StepMask:
                 hint="the model's masks and its attention calls disagree; it cannot be served",
             )
 
-    def spans(self, window: int | None) -> list[list[Span]] | None:
+    def spans(self, window: int | None) -> Spans | None:
         """For each request the spans of positions that see each other both ways; None if there are none.
 
         Positions count the tokens of a request, padding left out. Raises ConfigError for a rule that is not causality,

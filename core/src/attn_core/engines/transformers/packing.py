@@ -19,18 +19,26 @@ class Packing:
         self.length = length
         self.device = device
         self._rows: Tensor | None = None
+        self._tokens: Tensor | None = None
         if valid is None:
             self.lens = [length] * batch_size
         else:
             last = valid[:, valid.shape[1] - length :]
             self.lens = last.sum(1).tolist()
             if not bool(last.all()):
+                self._tokens = last
                 self._rows = last.flatten().nonzero()[:, 0].to(device)
 
     @property
     def starts(self) -> Tensor:
         """[B + 1] int32: where the tokens of each request begin."""
         return torch.tensor([0, *accumulate(self.lens)], dtype=torch.int32, device=self.device)
+
+    def rows_of(self, values: Tensor) -> list[list[int]]:
+        """What ``values`` [B, Q] on the host have for each token, padding left out."""
+        if self._tokens is None:
+            return values.tolist()
+        return [row[tokens].tolist() for row, tokens in zip(values, self._tokens, strict=True)]
 
     def pack(self, states: Tensor) -> Tensor:
         """[B, H, Q, D] -> [T, H, D]."""

@@ -76,19 +76,30 @@ def _with_our_cache(
 ) -> Any:
     """generate() makes a PagedCache for a model of ours that was given no cache."""
     ours = backend_of(model.config.get_text_config()._attn_implementation) is not None
-    asked = model_kwargs.get("past_key_values"), generation_config.cache_implementation
-    if ours and generation_config.use_cache is not False and asked == (None, None):
-        from attn_core.engines.transformers.cache import PagedCache
+    given = model_kwargs.get("past_key_values")
+    if not ours or generation_config.use_cache is False or generation_config.cache_implementation is not None:
+        return original(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+    from attn_core.engines.transformers.cache import PagedCache
 
-        drafts = _draft_tokens(generation_config, generation_mode)
-        model_kwargs["past_key_values"] = PagedCache(
-            model,
-            max_batch_size=batch_size * max(generation_config.num_beams, generation_config.num_return_sequences),
-            max_seq_len=max_cache_length + drafts + 1,
-            max_draft_tokens=drafts,
-        )
-        return None
-    return original(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+    drafts = _draft_tokens(generation_config, generation_mode)
+    room = {
+        "max_batch_size": batch_size * max(generation_config.num_beams, generation_config.num_return_sequences),
+        "max_seq_len": max_cache_length + drafts + 1,
+    }
+    if isinstance(given, PagedCache) and given.grows:
+        given.make_room(model, **room)
+    if given is not None:
+        return original(model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+    cache = PagedCache(model, **room, max_draft_tokens=drafts, max_images=_images(model_kwargs))
+    cache.grows = True
+    model_kwargs["past_key_values"] = cache
+    return None
+
+
+def _images(model_kwargs: dict[str, Any]) -> int:
+    """The images of a request, for models with cross layers: pixel_values are [B, images, tiles, ...]."""
+    pixels = model_kwargs.get("pixel_values")
+    return 1 if pixels is None else int(pixels.shape[1])
 
 
 def _draft_tokens(generation_config: Any, generation_mode: Any) -> int:

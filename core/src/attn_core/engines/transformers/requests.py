@@ -1,0 +1,129 @@
+"""RequestPages: which pages each request of a batch holds, and which of its columns are tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from attn_core.errors import BatchError, CacheFullError
+from attn_core.runtime.kv_cache import PageAllocator
+
+
+class RequestPages:
+    """Columns are counted as transformers does, padding among them; pages hold tokens only.
+
+    Requests may share pages (beams): one that is written to while another request holds it is copied first, by
+    ``copy(from, to)``.
+    """
+
+    def __init__(self, num_pages: int, page_size: int, copy: Callable[[int, int], None]) -> None:
+        self.page_size = page_size
+        self.pages: list[list[int]] = []
+        #: [B, columns] bool on the host
+        self.valid = torch.zeros(0, 0, dtype=torch.bool)
+        self.allocator = PageAllocator(num_pages)
+        self._copy = copy
+
+    @property
+    def columns(self) -> int:
+        """Columns so far, padding among them."""
+        return self.valid.shape[1]
+
+    @property
+    def in_use(self) -> int:
+        """Pages that requests hold, a shared one counted once."""
+        return self.allocator.num_pages - 1 - self.allocator.num_free
+
+    def columns_after(self, batch_size: int, length: int, given: Tensor | None) -> Tensor:
+        """[B, columns] after ``length`` more columns; ``given`` None says that every column is a token.
+
+        Raises BatchError where it contradicts the columns that are cached.
+        """
+        if not self.columns:
+            self.pages = self.pages or [[] for _ in range(batch_size)]
+            self.valid = torch.zeros(batch_size, 0, dtype=torch.bool)
+        total = self.columns + length
+        if batch_size != len(self.pages):
+            raise BatchError(f"{batch_size} requests over a cache of {len(self.pages)}", accepted="the same requests")
+        valid = torch.ones(batch_size, total, dtype=torch.bool) if given is None else given
+        if valid.shape != (batch_size, total) or not torch.equal(valid[:, : self.columns], self.valid):
+            raise BatchError(
+                f"a mask of columns {tuple(valid.shape)} over {self.columns} cached and {length} new columns"
+                " that differs from what was cached",
+                accepted="the mask of the steps before, and the new columns after it",
+            )
+        return valid
+
+    def reserve(self, seq_lens: Sequence[int], query_lens: Sequence[int]) -> None:
+        """Pages for the new tokens of every request. Raises CacheFullError for more than there are."""
+        for pages, seq_len, new in zip(self.pages, seq_lens, query_lens, strict=True):
+            first = (seq_len - new) // self.page_size
+            for i in range(first, len(pages) if new else first):
+                if self.allocator.references(pages[i]) > 1:
+                    pages[i] = self._copied(pages[i])
+            missing = -(-seq_len // self.page_size) - len(pages)
+            if missing > 0:
+                pages += self.take(missing)
+
+    def take(self, count: int) -> list[int]:
+        """``count`` pages. Raises CacheFullError."""
+        try:
+            return self.allocator.allocate(count)
+        except CacheFullError as error:
+            raise CacheFullError(
+                f"the cache has room for {self.allocator.num_pages - 1} pages of {self.page_size} tokens, and all are"
+                " in use",
+                hint="PagedCache(max_seq_len=...), or let generate() make it",
+            ) from error
+
+    def _copied(self, page: int) -> int:
+        (own,) = self.take(1)
+        self._copy(page, own)
+        self.allocator.release([page])
+        return own
+
+    def crop(self, count: int) -> None:
+        """Forget the last ``count`` columns."""
+        self.valid = self.valid[:, : self.columns - count]
+        for pages, seq_len in zip(self.pages, self.valid.sum(1).tolist(), strict=True):
+            keep = -(-seq_len // self.page_size)
+            self.allocator.release(pages[keep:])
+            del pages[keep:]
+
+    def select(self, chosen: Sequence[int]) -> None:
+        """Keep the requests ``chosen``, in this order; one may be named twice."""
+        self.pages = reordered(self.allocator, self.pages, chosen)
+        self.valid = self.valid[list(chosen)]
+
+    def reset(self) -> None:
+        """Give everything back."""
+        for pages in self.pages:
+            self.allocator.release(pages)
+        self.pages = []
+        self.valid = torch.zeros(0, 0, dtype=torch.bool)
+
+    def move(self, num_pages: int, others: Sequence[list[int]]) -> dict[int, int]:
+        """Into a pool of ``num_pages``: the new id of every page in use; ``others`` are held beside the requests'."""
+        allocator = PageAllocator(num_pages)
+        moved: dict[int, int] = {}
+        for pages in (*self.pages, *others):
+            for i, page in enumerate(pages):
+                if page in moved:
+                    allocator.share([moved[page]])
+                else:
+                    (moved[page],) = allocator.allocate(1)
+                pages[i] = moved[page]
+        self.allocator = allocator
+        return moved
+
+
+def reordered(allocator: PageAllocator, before: list[list[int]], chosen: Sequence[int]) -> list[list[int]]:
+    """The pages of the requests ``chosen``, each with a reference more for every time that it is named."""
+    after = [list(before[i]) for i in chosen]
+    for pages in after:
+        allocator.share(pages)
+    for pages in before:
+        allocator.release(pages)
+    return after
