@@ -226,12 +226,24 @@ def test_a_window_on_keys_that_are_not_causal_is_refused(fake: FakeFlashAttentio
         )
 
 
-def test_sinks_in_bfloat16_go_to_the_library_but_not_with_lse(fake: FakeFlashAttention) -> None:
-    config = config_of(replace(KIND, sinks=True))
-    check_step(config, batch_of(*STEPS["prefix"]), sinks_dtype=torch.bfloat16)
-    with_lse, without = fake.calls
-    assert with_lse["sinks"] is None
-    assert without["sinks"] is not None
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sinks_are_folded_in_and_never_given_to_the_library(fake: FakeFlashAttention, dtype: torch.dtype) -> None:
+    check_step(config_of(replace(KIND, sinks=True)), batch_of(*STEPS["prefix"]), sinks_dtype=dtype)
+    assert {call["sinks"] for call in fake.calls} == {None}
+
+
+def test_metadata_costs_the_same_for_long_contexts(fake: FakeFlashAttention) -> None:
+    """A step is views of what the batch has: the same few operations for 40 keys as for 40000."""
+    config = config_of(KIND)
+    backend, counts = FA3Backend(config, random_cache(config)), []
+    for keys in (40, 40000):
+        pages = [list(range(-(-keys // 4)))] * 2
+        batch = ForwardBatch.build(ForwardMode.DECODE, query_lens=[1, 1], seq_lens=[keys] * 2, pages=pages, page_size=4)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            backend.init_forward_metadata(batch)
+        counts.append({event.key: event.count for event in profile.key_averages()})
+    assert counts[0] == counts[1]
+    assert set(counts[0]) <= {"aten::slice", "aten::as_strided", "aten::alias"}
 
 
 def test_the_tile_schedule_is_made_once_a_step_and_kind(fake: FakeFlashAttention) -> None:

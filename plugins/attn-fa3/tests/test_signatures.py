@@ -54,7 +54,6 @@ def schema(name: str) -> inspect.Signature:
 def test_the_schemas_are_found() -> None:
     assert set(library.FORWARD_ARGUMENTS) <= set(schema("fwd").parameters)
     assert set(library.SCHEDULE_ARGUMENTS) <= set(schema("get_scheduler_metadata").parameters)
-    assert "sinks" in schema("fwd").parameters
 
 
 @pytest.mark.parametrize("step", [*STEPS, "tree"])
@@ -88,7 +87,7 @@ def record(backend: FA3Backend, seen: list[tuple[str, dict[str, object]]]) -> No
         seen.append(("get_scheduler_metadata", arguments))
         return real.schedule(**arguments)
 
-    backend._calls.library = library.Library(forward, schedule, real.has_sinks)  # type: ignore[arg-type]
+    backend._calls.library = library.Library(forward, schedule)  # type: ignore[arg-type]
 
 
 def test_a_changed_signature_would_fail() -> None:

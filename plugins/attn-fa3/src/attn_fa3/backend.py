@@ -125,9 +125,8 @@ class FA3Backend(AttentionBackend):
         keys = step.encoder_keys if layer.cross else step.keys
         if keys is None:
             raise BatchError("a cross layer in a batch without encoder_seq_lens and encoder_page_table")
-        sinks = layer.sinks if self._sinks_fused(layer, return_lse) else None
-        found = self._calls.attend(q, bound, step, keys, bound.shape, out=out, sinks=sinks)
-        return _finish(found, layer.sinks if sinks is None else None, return_lse, out)
+        found = self._calls.attend(q, bound, step, keys, bound.shape, out=out)
+        return _finish(found, layer.sinks, return_lse, out)
 
     def forward_ragged(
         self,
@@ -157,20 +156,8 @@ class FA3Backend(AttentionBackend):
             "max_seqlen_q": max_query_len,
             "max_seqlen_k": max_key_len,
         }
-        fused = self._sinks_fused(layer, return_lse)
-        if fused:
-            given["sinks"] = layer.sinks
         found = self._calls.attend_ragged(q, k, v, layer, causal=causal, out=out, **given)
-        return _finish(found, None if fused else layer.sinks, return_lse, out)
-
-    def _sinks_fused(self, layer: AttentionLayer, return_lse: bool) -> bool:
-        """Whether the library takes the sinks itself: it reads them as bfloat16, and its LSE does not count them."""
-        return (
-            layer.sinks is not None
-            and self._calls.library.has_sinks
-            and layer.sinks.dtype == torch.bfloat16
-            and not return_lse
-        )
+        return _finish(found, layer.sinks, return_lse, out)
 
     def _verify_tree(
         self, q: Tensor, bound: BoundLayer, step: Step, visible: Tensor, return_lse: bool, out: Tensor | None
@@ -206,7 +193,10 @@ class FA3Backend(AttentionBackend):
 def _finish(
     found: Attended, sinks: Tensor | None, return_lse: bool, out: Tensor | None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """What the library returned, as rows; ``sinks`` that it was not given are folded in."""
+    """What the library returned, as rows, with ``sinks`` folded in.
+
+    Builds that take sinks take them in bfloat16 alone, and give a log-sum-exp that does not count them.
+    """
     rows = found.rows() if out is None else out
     if sinks is not None:
         rows, lse = join((rows, found.lse_rows()), None, sinks, out=rows, return_lse=return_lse)

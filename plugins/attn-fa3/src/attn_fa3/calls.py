@@ -89,13 +89,10 @@ class Calls:
         shape: Shape,
         *,
         out: Tensor | None = None,
-        sinks: Tensor | None = None,
     ) -> Attended:
         """This step's queries over ``keys``; into ``out`` [T, Hq, Dv] if given."""
         layer, pools, uniform = bound.layer, bound.pools, step.query_len
         options: dict[str, Any] = {}
-        if sinks is not None:
-            options["sinks"] = sinks
         if self._fp8:
             q = self._quantized(q, bound, step, 1, options)
         if uniform is None:

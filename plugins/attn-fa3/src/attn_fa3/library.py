@@ -35,7 +35,6 @@ class Library:
 
     forward: Callable[..., Sequence[Tensor]]
     schedule: Callable[..., Tensor]
-    has_sinks: bool
 
 
 @cache
@@ -57,10 +56,9 @@ def load() -> Library:
             accepted="flash_attn_3.fwd and flash_attn_3.get_scheduler_metadata",
             hint="pip install tokenspeed-fa3",
         )
-    names = _argument_names(forward)
-    _check("fwd", names, FORWARD_ARGUMENTS)
+    _check("fwd", _argument_names(forward), FORWARD_ARGUMENTS)
     _check("get_scheduler_metadata", _argument_names(schedule), SCHEDULE_ARGUMENTS)
-    return Library(forward=forward, schedule=schedule, has_sinks="sinks" in names)
+    return Library(forward=forward, schedule=schedule)
 
 
 def raised(error: Exception, what: str) -> KernelError:
