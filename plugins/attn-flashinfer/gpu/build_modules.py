@@ -19,78 +19,30 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import attn_flashinfer
 import flashinfer
-import torch
 from attn_core.planning.manifest import Manifest
 from attn_core.planning.system import System
-from attn_core.runtime.kv_cache import TORCH_DTYPES
 from attn_core.testing.generation import generate_cases
-from attn_flashinfer.choice import FA3_WIDTHS
+from attn_flashinfer.modules import Module, modules_of
 
 AOT = Path(flashinfer.__file__).parent / "data" / "aot"
 PACK_BYTES = 15 << 20
 #: What the benchmarks use comes before what only the conformance kit does.
-FIRST = (
-    ("bfloat16", "auto", 128, 128, False, False, "fa2"),
-    ("bfloat16", "auto", 128, 128, False, False, "fa3"),
-)
-
-
-class Module(NamedTuple):
-    """dtype, cache dtype, head widths, window, soft cap, kernels."""
-
-    dtype: str
-    kv_dtype: str
-    qk: int
-    v: int
-    window: bool
-    softcap: bool
-    kernels: str
-
-    def spec(self):
-        """What FlashInfer would build at first use."""
-        from flashinfer.jit.attention import modules
-
-        q = TORCH_DTYPES[self.dtype]
-        kv = q if self.kv_dtype == "auto" else TORCH_DTYPES[self.kv_dtype]
-        if self.kernels.startswith("mla"):
-            return modules.gen_batch_mla_module(self.kernels[4:], q, kv, q, torch.int32, 512, 64, False)
-        make = modules._gen_batch_prefill_primary_module if self.kernels == "fa2" else modules.gen_batch_prefill_module
-        return make(self.kernels, q, kv, q, torch.int32, self.qk, self.v, 0, self.window, self.softcap, False)
+FIRST = tuple(Module("bfloat16", "auto", 128, 128, False, False, kernels) for kernels in ("fa2", "fa3"))
 
 
 def needed() -> list[Module]:
     """Every module of every case of the kit on Hopper, by how many cases need it."""
     folder = Path(attn_flashinfer.__file__).parent
-    manifest = Manifest.parse((folder / "flashinfer.toml").read_text())
     count: Counter[Module] = Counter()
-    for case in generate_cases(manifest, "contract", System.parse("cuda:sm_90")):
-        for kind in case.kinds:
-            masked = bool(case.tree) or "spans" in case.options
-            kv = "auto" if kind.ragged else case.kv_dtype
-            widths = (kind.qk_head_dim, kind.v_head_dim)
-            fa3 = (
-                case.mode in ("extend", "mixed", "draft_extend", "ragged")
-                and not (kind.cross or masked or kind.softcap or kind.sliding_window)
-                and kv == "auto"
-                and widths in FA3_WIDTHS.get(TORCH_DTYPES[case.dtype], ())
-            )
-            windowed = kind.sliding_window is not None and not masked
-            module = Module(
-                case.dtype, kv, kind.qk_head_dim, kind.v_head_dim, windowed, kind.softcap > 0, "fa3" if fa3 else "fa2"
-            )
-            count[module] += 1
-    mla = [
-        Module("bfloat16", "auto", 576, 512, False, False, "mla_fa3"),
-        Module("float16", "auto", 576, 512, False, False, "mla_fa3"),
-        Module("bfloat16", "fp8_e4m3", 576, 512, False, False, "mla_fa3"),
-    ]
-    first = [Module(*values) for values in FIRST]
-    rest = sorted((m for m in count if m not in first), key=lambda m: -count[m])
-    return [*first, *mla, *rest]
+    for name in ("flashinfer_mla", "flashinfer"):
+        manifest = Manifest.parse((folder / f"{name}.toml").read_text())
+        for case in generate_cases(manifest, "contract", System.parse("cuda:sm_90")):
+            config = case.config()
+            count.update({m for p in case.phases for k in config.kinds(p) for m in modules_of(config, k, p, (9, 0))})
+    return sorted(count, key=lambda module: (module not in FIRST, not module.kernels.startswith("mla"), -count[module]))
 
 
 def place(name: str, library: Path) -> None:

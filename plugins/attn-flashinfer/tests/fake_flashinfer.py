@@ -27,6 +27,9 @@ class FakeFlashInfer:
         self.runs: list[tuple[str, dict[str, Any]]] = []
         self.made: list[Any] = []
         self.table_plans: list[Any] = []
+        self.cuda_path = "/nowhere"
+        self.built: list[tuple[Any, ...]] = []
+        self.shipped: list[tuple[Any, ...]] = []
         self.layout = 0  #: what the planners lay their tables out by, beside the sizes
         self.fail: Exception | None = None
 
@@ -41,7 +44,18 @@ class FakeFlashInfer:
         flashinfer = ModuleType("flashinfer")
         flashinfer.decode, flashinfer.prefill, flashinfer.mla = decode, prefill, mla
         found = {"flashinfer": flashinfer}
+        for name in ("jit", "jit.attention", "jit.attention.modules", "jit.cpp_ext"):
+            found[f"flashinfer.{name}"] = ModuleType(f"flashinfer.{name}")
+        made = found["flashinfer.jit.attention.modules"]
+        made.gen_batch_mla_module = self._spec
+        made._gen_batch_prefill_primary_module = made.gen_batch_prefill_module = self._spec
+        found["flashinfer.jit.cpp_ext"].get_cuda_path = lambda: self.cuda_path
         return found | {f"flashinfer.{name}": getattr(flashinfer, name) for name in ("decode", "prefill", "mla")}
+
+    def _spec(self, *arguments):
+        """A module that is there if its arguments are in ``built`` (compiled here) or ``shipped``."""
+        shipped = arguments in self.shipped
+        return SimpleNamespace(is_aot=shipped, is_compiled=shipped or arguments in self.built)
 
     def _bound(self, cls):
         owner = self

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from attn_core.errors import BatchError
-from attn_core.planning.config import AttentionConfig
+from attn_core.planning.config import AttentionConfig, Phase
+from attn_core.planning.reasons import Reason
 from attn_core.runtime.batch import ForwardBatch, ForwardMode
 from attn_core.runtime.kv_cache import FP8_DTYPES, KVCache
 from attn_core.runtime.layer import AttentionLayer
@@ -14,6 +16,7 @@ from torch import Tensor
 from attn_flashinfer.choice import LayerShape
 from attn_flashinfer.graphs import GraphPlanner, GraphStep
 from attn_flashinfer.library import RAISED, load, raised
+from attn_flashinfer.modules import missing_modules
 from attn_flashinfer.ragged import RaggedForward, RaggedPlans, finish, nothing, writable
 from attn_flashinfer.step import Step, StepPlanner
 from attn_flashinfer.warmup import smallest_steps
@@ -45,6 +48,10 @@ class FlashInferBackend(RaggedForward):
         self._shapes = list(dict.fromkeys(LayerShape.of(kind) for kind in config.cached_kinds))
         self._scaled = kv_cache.dtype in FP8_DTYPES
         self._bound: dict[int, BoundLayer] = {}
+
+    @classmethod
+    def build_reasons(cls, config: AttentionConfig, phase: Phase) -> Sequence[Reason]:
+        return tuple(missing_modules(config, phase))
 
     def warmup(self, config: AttentionConfig) -> None:
         """Build or load every module that ``config`` needs: minutes, if FlashInfer has not compiled them yet."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from attn_core.errors import BatchError
-from attn_core.planning.config import AttentionConfig
+from attn_core.planning.config import AttentionConfig, Phase
+from attn_core.planning.reasons import Reason
 from attn_core.runtime.batch import ForwardBatch, ForwardMode
 from attn_core.runtime.kv_cache import FP8_DTYPES, KVCache
 from attn_core.runtime.layer import AttentionLayer
@@ -16,6 +18,7 @@ from attn_flashinfer.choice import compute_capability
 from attn_flashinfer.library import RAISED, errors_of, load, raised
 from attn_flashinfer.mla_graphs import MLAGraphPlanner
 from attn_flashinfer.mla_plan import LatentShape, MLAStep, plan_latent
+from attn_flashinfer.modules import missing_modules
 from attn_flashinfer.page_indices import PageIndices, on_host
 from attn_flashinfer.ragged import RaggedForward, RaggedPlans, nothing, writable
 from attn_flashinfer.warmup import smallest_steps
@@ -48,6 +51,10 @@ class FlashInferMLABackend(RaggedForward):
         self._shapes = list(dict.fromkeys(LatentShape.of(kind) for kind in cached))
         self._scaled = kv_cache.dtype in FP8_DTYPES
         self._bound: dict[int, BoundLatent] = {}
+
+    @classmethod
+    def build_reasons(cls, config: AttentionConfig, phase: Phase) -> Sequence[Reason]:
+        return tuple(missing_modules(config, phase))
 
     def warmup(self, config: AttentionConfig) -> None:
         """Build or load every module that ``config`` needs."""

@@ -69,7 +69,7 @@ def _pack(
         query = prefix + i
         key = j
         if TREE:
-            draft = live & (j >= prefix) & (prefix >= 0)
+            draft = live & (j >= tl.where(prefix < 0, m, prefix))
             seen = tl.load(visible + (b * drafts + i) * drafts + (j - prefix), mask=draft, other=1).to(tl.int32) > 0
             if WINDOW:
                 query = prefix + tl.load(depths + b * drafts + i, mask=live, other=0)

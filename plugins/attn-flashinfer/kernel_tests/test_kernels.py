@@ -1,0 +1,68 @@
+"""The Triton kernels around FlashInfer on Triton's interpreter, beside their definitions in plain torch."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are defined
+
+import pytest
+import torch
+from attn_core.runtime.batch import ForwardBatch, ForwardMode, TreeMask
+from attn_flashinfer import masks, page_indices, sinks
+from attn_flashinfer.kernels import metadata
+
+torch.set_num_threads(1)
+PARENTS = [[-1, 0, 0, 1, 3, -1], [-1, 0, 1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("counts", [[3], [0, 5, 1], [1024, 1, 2050, 0]])
+@pytest.mark.parametrize("strided", [False, True])
+def test_expand_gives_each_request_its_first_pages(counts: list[int], strided: bool) -> None:
+    width = max(counts) + 3
+    table = torch.randint(1, 1 << 20, (len(counts), 2 * width), dtype=torch.int32)[:, :: 2 if strided else 1]
+    table = table.contiguous()[:, 1 : 1 + max(counts)]
+    indptr = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32)
+    found, wanted = (torch.full((sum(counts) + 4,), -1, dtype=torch.int32) for _ in range(2))
+    metadata.launch_expand(table, indptr, found, max(counts))
+    page_indices.expand(table, indptr, wanted, longest=max(counts))
+    assert torch.equal(found, wanted)
+
+
+def batch_of(what: str) -> ForwardBatch:
+    mode, query, lens = ForwardMode.TARGET_VERIFY, [6, 6], [14, 6]
+    more: dict[str, object] = {}
+    if what == "tree":
+        more["tree"] = TreeMask.from_parents(torch.tensor(PARENTS))
+    else:
+        mode, query, lens = ForwardMode.EXTEND, [9, 3, 0], [11, 3, 5]
+        more["spans"] = [[(3, 7), (8, 11)], [(0, 2)], []]
+    pages = [list(range(1, 20))] * len(lens)
+    return ForwardBatch.build(mode, query_lens=query, seq_lens=lens, pages=pages, page_size=4, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("what", ["tree", "spans"])
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+def test_pack_is_what_each_query_sees(what: str, window: int | None) -> None:
+    batch = batch_of(what)
+    assert batch.seq_lens_cpu is not None
+    assert batch.query_start_loc_cpu is not None
+    plan = masks.MaskPlan.of(torch.diff(batch.query_start_loc_cpu).numpy(), batch.seq_lens_cpu.numpy())
+    found, wanted = (torch.zeros(plan.num_bytes, dtype=torch.uint8) for _ in range(2))
+    metadata.launch_pack(batch, window, plan.byte_starts, found, plan.longest, None)
+    masks.pack(batch, window, plan.byte_starts, wanted, longest=plan.longest)
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize(("heads", "width"), [(9, 64), (3, 40), (16, 128)])
+def test_fold_is_one_more_logit(heads: int, width: int) -> None:
+    torch.manual_seed(0)
+    out, lse, sink = torch.randn(5, heads, width), torch.randn(5, heads), torch.randn(heads)
+    lse[1] = float("-inf")
+    out[1] = float("nan")
+    sink[0] = float("-inf")
+    mine = out.clone(), lse.clone()
+    metadata.launch_fold(*mine, sink)
+    sinks.fold_sinks(out, lse, sink)
+    torch.testing.assert_close(mine[0], out)
+    torch.testing.assert_close(mine[1], lse)
