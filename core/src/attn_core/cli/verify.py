@@ -25,9 +25,10 @@ _TIERS: Final = click.Choice(["contract", "numerics", "stress"])
 @click.option("--seed", type=int, default=0, show_default=True, help="Of every random tensor.")
 @click.option("--case", metavar="ID", help="That one case, by the id that a failure printed.")
 @click.option("--select", default="", metavar="TEXT", help="Only the cases with this text in their id.")
+@click.option("--max-seconds", type=click.FloatRange(min=0), help="Begin nothing after so long; says what did not run.")
 @click.option("--junit", type=click.Path(path_type=Path, dir_okay=False), help="Write JUnit XML.")
 @click.option("--evidence", type=click.Path(path_type=Path, file_okay=False), help="Write DIR/<device>/<backend>.json.")
-@click.option("-n", "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
+@click.option("-n", "--workers", type=click.IntRange(min=1), help="Processes. [default: 1, for --case none of its own]")
 def command(
     name: str,
     tier: Tier,
@@ -37,7 +38,8 @@ def command(
     select: str,
     junit: Path | None,
     evidence: Path | None,
-    workers: int,
+    max_seconds: float | None,
+    workers: int | None,
 ) -> int:
     """Prove what the backend NAME claims: what is declared is right, what is not declared is refused.
 
@@ -64,7 +66,8 @@ def command(
             select=select,
             junit=junit,
             evidence_dir=evidence,
-            workers=workers,
+            max_seconds=max_seconds,
+            workers=workers or (0 if case else 1),
             progress=on_case,
         )
     print(report.table())

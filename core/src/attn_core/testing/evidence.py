@@ -14,7 +14,6 @@ from typing import Any
 
 from attn_core.planning.discovery import BackendRef
 from attn_core.planning.distributions import scan
-from attn_core.testing.axes import TIERS
 from attn_core.testing.devices import Place
 from attn_core.testing.proof import EVIDENCE_SCHEMA, EVIDENCE_VERSION
 from attn_core.testing.report import Report
@@ -49,7 +48,8 @@ def to_json(report: Report) -> dict[str, Any]:
         **report.facts,
         "level": report.level,
         "date": datetime.now(UTC).date().isoformat(),
-        "tiers": list(TIERS[: TIERS.index(report.tier) + 1]),
+        "tiers": list(report.whole_tiers),
+        "done": {part: {"ran": done.ran, "of": done.of} for part, done in report.done.items()},
         "seed": report.seed,
         "duration_s": round(report.seconds, 1),
         "cases": {name: report.count(name) for name in ("passed", "failed", "not_run")},

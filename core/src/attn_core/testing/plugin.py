@@ -13,13 +13,15 @@ import pytest
 
 from attn_core.planning.discovery import discover
 from attn_core.testing import evidence
+from attn_core.testing.agenda import agenda
 from attn_core.testing.axes import TIERS, Tier
 from attn_core.testing.cases import Case
 from attn_core.testing.checks import Fault
 from attn_core.testing.devices import Place, at
 from attn_core.testing.report import Report, rows_of
 from attn_core.testing.run import Result, Target
-from attn_core.testing.runner import cases_of, check_usable, run_any
+from attn_core.testing.runner import check_usable
+from attn_core.testing.workers import run_job
 
 _PROPERTY: Final = "attn_case"
 
@@ -34,7 +36,9 @@ class Subject:
         self.place: Place = self._stack.enter_context(at(device))
         check_usable(self.ref, self.place)
         self.target = Target(self.ref, self.place.system, self.place.device)
-        self.cases = cases_of(self.ref, self.place, tier, seed, max_cases=self.place.max_cases)
+        self.agenda = agenda(
+            self.ref.manifest, tier, self.place.system, seed, max_cases=self.place.max_cases, examples=0
+        )
 
     def close(self) -> None:
         """Leave the device."""
@@ -42,7 +46,8 @@ class Subject:
 
     def run(self, case: Case) -> Result:
         """One case, of either direction."""
-        return run_any(case, self.target, probe=False)
+        (result,) = run_job(case, self.target, probe=False, deadline=None)
+        return result
 
     def report(self, results: list[Result]) -> Report:
         """What the session found, as `verify` reports it."""
@@ -53,7 +58,7 @@ class Subject:
         seconds = sum(result.seconds for result in results)
         return Report(
             self.ref.name, self.place.text, self.place.level, self.tier, self.seed, tuple(results), rows, blames,
-            seconds, facts,
+            seconds, facts, done=self.agenda.done({result.case for result in results}, 0),
         )  # fmt: skip
 
 
@@ -66,7 +71,7 @@ def conformance(name: str, tier: Tier = "contract", device: str = "cpu", *, seed
     """
     subject = Subject(name, tier, device, seed)
 
-    @pytest.mark.parametrize("case", subject.cases, ids=lambda case: case.id)
+    @pytest.mark.parametrize("case", subject.agenda.cases, ids=lambda case: case.id)
     def test_conformance(case: Case) -> None:
         _settle(subject.run(case))
 
@@ -107,7 +112,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
     if _SUBJECT in config.stash:
         subject = config.stash[_SUBJECT]
-        items += [CaseItem.of(session, subject, case) for case in subject.cases]
+        items += [CaseItem.of(session, subject, case) for case in subject.agenda.cases]
 
 
 class CaseItem(pytest.Item):

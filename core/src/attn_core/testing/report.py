@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
 from attn_core.planning.config import FEATURES, PHASES
 from attn_core.planning.manifest import Clause, Manifest
 from attn_core.planning.system import System
-from attn_core.testing.axes import Tier
+from attn_core.testing.agenda import FUZZ, Done
+from attn_core.testing.axes import TIERS, Tier
 from attn_core.testing.blame import Blame, claims_of, explain
-from attn_core.testing.run import Result
+from attn_core.testing.run import NOT_BEGUN, Result
 
 Outcome = Literal["proved", "refused", "over_claimed", "under_claimed", "not_run"]
 
@@ -59,6 +60,8 @@ class Report:
     seconds: float
     facts: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    #: how much ran of each tier, of the refusals, the probes and the fuzzing
+    done: Mapping[str, Done] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -77,6 +80,17 @@ class Report:
     def failures(self) -> tuple[Result, ...]:
         return tuple(result for result in self.results if result.status == "failed")
 
+    @property
+    def whole_tiers(self) -> tuple[str, ...]:
+        """The tiers of which everything ran, those before them included; the last one has the fuzzing too."""
+        whole = []
+        for tier in TIERS[: TIERS.index(self.tier) + 1]:
+            parts = (tier, FUZZ) if tier == TIERS[-1] else (tier,)
+            if any(self.done[part].ran < self.done[part].of for part in parts if part in self.done):
+                break
+            whole.append(tier)
+        return tuple(whole)
+
     def table(self) -> str:
         """The features, the counts, and for each explanation of failures the case that reproduces it."""
         lines = [f"{self.backend} on {self.device} ({self.level}), tier {self.tier}, seed {self.seed}", ""]
@@ -91,10 +105,22 @@ class Report:
             lines.append("  ".join([*cells, line[4]]).rstrip())
         lines += ["", f"{self.count('passed')} passed, {self.count('failed')} failed, {self.count('not_run')} not run"
                   f" in {self.seconds:.1f} s"]  # fmt: skip
+        if any(part.ran < part.of for part in self.done.values()):
+            lines.append("not all of it ran: " + ", ".join(f"{n} {d.ran} of {d.of}" for n, d in self.done.items()))
         for blame in self.blames:
             lines += ["", f"{blame}", *(f"  {fault}" for fault in blame.first.faults[:3])]
             lines.append(f"  attn verify {self.backend} --device {self.device} --case '{blame.first.case.id}'")
+        lines += ["", *(f"works, and is not declared: {text}" for text in self.undeclared)] if self.undeclared else []
         return "\n".join([*lines, *self.notes])
+
+    @property
+    def undeclared(self) -> tuple[str, ...]:
+        """What worked though no clause has it, of what the table has no row for: sizes, dtypes, layouts."""
+        return tuple(
+            f"{r.case.refused.removesuffix('_unsupported')}, as in {r.case.id}"
+            for r in self.results
+            if r.works_undeclared and not _refused_for(r)
+        )
 
 
 def _cases(row: Row) -> str:
@@ -104,9 +130,13 @@ def _cases(row: Row) -> str:
 
 
 def rows_of(
-    manifest: Manifest, system: System, results: Sequence[Result], *, eager_graphs: bool
+    manifest: Manifest, system: System, results: Sequence[Result], *, eager_graphs: bool, whole: bool = True
 ) -> tuple[tuple[Row, ...], tuple[Blame, ...]]:
-    """The rows of the table and why cases failed. ``eager_graphs``: nothing was captured, calls were repeated."""
+    """The rows of the table and why cases failed.
+
+    eager_graphs: nothing was captured, calls were repeated. whole: the first tier ran to its end; if it did not, what
+    had no time proves nothing.
+    """
     blames = tuple(explain(results))
     here = [
         c for c in manifest.clauses if (system.device in c.devices or "any" in c.devices) and c.arch.allows(system.arch)
@@ -114,10 +144,21 @@ def rows_of(
     declared = {name for clause in here for name in _declared(clause)}
     blamed = {blame.feature: blame for blame in blames}
     rows = [
-        _declared_row(name, results, blamed, blames) if name in declared else _undeclared_row(name, results)
+        _cut(_declared_row(name, results, blamed, blames), results, whole)
+        if name in declared
+        else _undeclared_row(name, results)
         for name in ROWS
     ]
     return tuple(_eager_graphs(row, system) if eager_graphs else row for row in rows), blames
+
+
+def _cut(row: Row, results: Sequence[Result], whole: bool) -> Row:
+    """What a row may say if some of its cases were not begun."""
+    count = sum(r.note.startswith(NOT_BEGUN) and row.name in row_names(r) for r in results if not r.case.refused)
+    if not count or row.outcome != "proved":
+        return row
+    note = "; ".join(filter(None, [row.note, f"{count} not begun"]))
+    return replace(row, outcome="proved" if whole else "not_run", note=note)
 
 
 def _eager_graphs(row: Row, system: System) -> Row:
@@ -169,15 +210,15 @@ def _declared_row(name: str, results: Sequence[Result], blamed: Mapping[str, Bla
 
 
 def _undeclared_row(name: str, results: Sequence[Result]) -> Row:
-    mine = [r for r in results if r.case.refused and name in _refused_for(r)]
+    mine = [r for r in results if r.case.refused and r.status != "not_run" and name in _refused_for(r)]
     failed = [r for r in mine if r.status == "failed"]
     works = [r for r in mine if r.works_undeclared]
     if failed:
         return Row(name, False, "over_claimed", len(mine) - len(failed), len(failed), "not refused", failed[0].case.id)
-    if works:
-        note = f"{len(works)} of {len(mine)} refused cases work when asked all the same"
+    note = f"{len(works)} of {len(mine)} refused cases work when asked all the same" if works else ""
+    if works and len(works) == len(mine):
         return Row(name, False, "under_claimed", len(mine), 0, note, works[0].case.id)
-    return Row(name, False, "refused" if mine else "not_run", len(mine))
+    return Row(name, False, "refused" if mine else "not_run", len(mine), 0, note)
 
 
 def _refused_for(result: Result) -> frozenset[str]:
@@ -213,9 +254,3 @@ def junit_xml(report: Report) -> str:
             ET.SubElement(case, "skipped", message=result.note)
     ET.indent(suite)
     return ET.tostring(suite, encoding="unicode", xml_declaration=True)
-
-
-def first_failures(results: Iterable[Result], count: int) -> list[str]:
-    """Lines for people: the ids of the first failed cases and what is wrong with them."""
-    failed = [r for r in results if r.status == "failed"]
-    return [f"{r.case.id}: {r.faults[0]}" for r in failed[:count]]

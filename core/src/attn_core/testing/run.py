@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ from attn_core.testing.scene import Inputs, Scene, Step
 from attn_core.testing.tolerances import Precision, expect
 
 Status = Literal["passed", "failed", "not_run"]
+#: How the note of a case begins that a run had no time for.
+NOT_BEGUN: Final = "not begun"
 
 
 def _unranked(config: AttentionConfig, phase: Phase, system: System) -> dict[str, float]:

@@ -147,6 +147,12 @@ class Liar:
         return self.cls.name
 
     @property
+    def modes(self) -> frozenset[str]:
+        """The modes of the cases that show the fault and what it leaves alone: prompts, decodes, and its own."""
+        own = {"verify" for name in self.breaks if name.startswith("verify")}
+        return frozenset({"extend", "decode"} | own | ({"ragged"} & {*self.breaks}))
+
+    @property
     def fault(self) -> str:
         """What is wrong with it, in one line."""
         return (self.cls.__doc__ or "").strip().splitlines()[0]

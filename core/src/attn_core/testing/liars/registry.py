@@ -52,9 +52,9 @@ def manifest(liar: Liar) -> dict[str, Any]:
     }
 
 
-def cases(claimed: Manifest, system: System) -> list[Case]:
-    """The ladders of the first tier, but for mixed steps, which are prompts and decodes again."""
-    return [case for case in ladder_cases(claimed, "contract", system) if case.mode != "mixed"]
+def cases(liar: Liar, claimed: Manifest, system: System) -> list[Case]:
+    """The ladders of the first tier in the modes of the liar."""
+    return [case for case in ladder_cases(claimed, "contract", system) if case.mode in liar.modes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def examine(liar: Liar, system: System | None = None) -> Verdict:
     system = System("cpu") if system is None else system
     with register(liar.cls, manifest(liar)) as ref:
         target = Target(ref, system, torch.device("cpu"))
-        results = tuple(run_case(case, target) for case in cases(ref.manifest, system))
+        results = tuple(run_case(case, target) for case in cases(liar, ref.manifest, system))
     return Verdict(liar, results, tuple(explain(results)))
 
 

@@ -130,6 +130,4 @@ class FirstRequestForAll(Mutant):
     """Every request reads the pages of the first one."""
 
     def alter_batch(self, batch: ForwardBatch) -> ForwardBatch:
-        long_enough = batch.seq_lens <= batch.seq_lens[:1]
-        table = torch.where(long_enough[:, None], batch.page_table[:1], batch.page_table)
-        return replace(batch, page_table=table)
+        return replace(batch, page_table=batch.page_table[:1].expand_as(batch.page_table).contiguous())

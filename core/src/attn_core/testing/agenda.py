@@ -1,0 +1,102 @@
+"""What a run of the kit is to do, in its order, and how much of it was done."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from attn_core.errors import UsageError
+from attn_core.planning.manifest import Manifest
+from attn_core.planning.system import System
+from attn_core.testing.axes import TIERS, Tier
+from attn_core.testing.cases import Case
+from attn_core.testing.fuzz import EXAMPLES, Share, shares
+from attn_core.testing.generation import generate_cases, spread
+from attn_core.testing.refusals import refusal_cases
+from attn_core.testing.workers import Job
+
+#: The parts of a run that are no tier.
+REFUSALS: Final = "refusals"
+PROBES: Final = "probes"
+FUZZ: Final = "fuzz"
+
+
+class Done(NamedTuple):
+    """How many cases of a part ran, and of how many."""
+
+    ran: int
+    of: int
+
+
+@dataclass(frozen=True, slots=True)
+class Agenda:
+    """The cases of a run, each with its part (a tier, or refusals), and the shares of fuzzing."""
+
+    parts: Mapping[Case, str]
+    shares: Sequence[Share] = ()
+
+    @property
+    def cases(self) -> list[Case]:
+        return list(self.parts)
+
+    @property
+    def size(self) -> int:
+        """How many cases there are, those of the fuzzing among them."""
+        return len(self.parts) + sum(share.examples for share in self.shares)
+
+    def jobs(self) -> Iterator[Job]:
+        """Tier by tier, the refusals after the first one; the fuzzing spread over what the last tier has of its own."""
+        last = [case for case, part in self.parts.items() if part == TIERS[-1]]
+        order = [TIERS[0], REFUSALS, PROBES, *TIERS[1:-1]]
+        early = [case for case, part in self.parts.items() if part != TIERS[-1]]
+        yield from sorted(early, key=lambda case: order.index(self.parts[case]))
+        yield from _merged(last, self.shares)
+
+    def done(self, ran: Collection[Case], fuzzed: int) -> dict[str, Done]:
+        """How much of each part was done: the cases that ran, and as many as were fuzzed."""
+        of = Counter(self.parts.values())
+        did = Counter(part for case, part in self.parts.items() if case in ran)
+        found = {part: Done(did[part], of[part]) for part in of}
+        return found | ({FUZZ: Done(fuzzed, sum(share.examples for share in self.shares))} if self.shares else {})
+
+
+def _merged(cases: Sequence[Case], every: Sequence[Share]) -> Iterator[Job]:
+    """The shares at even distances among the cases."""
+    step = len(cases) // len(every) + 1 if every else len(cases) + 1
+    left = list(every)
+    for i, case in enumerate(cases):
+        if left and i % step == 0:
+            yield left.pop(0)
+        yield case
+    yield from left
+
+
+def agenda(
+    manifest: Manifest,
+    tier: Tier,
+    system: System,
+    seed: int = 0,
+    *,
+    select: str = "",
+    max_cases: int | None = None,
+    examples: int = EXAMPLES,
+) -> Agenda:
+    """The cases of a tier and of those before it, the refusals, and in the last tier ``examples`` of fuzzing.
+
+    select: only cases with this text in their id, and no fuzzing. max_cases: a spread of at most so many positive
+    cases. Raises UsageError if no case is left.
+    """
+    positive: dict[Case, str] = {}
+    for part in TIERS[: TIERS.index(tier) + 1]:
+        for case in generate_cases(manifest, part, system, seed):
+            if select in case.id:
+                positive.setdefault(case, part)
+    chosen = spread(list(positive), max_cases)
+    refused = [case for case in refusal_cases(manifest, tier, system, seed) if select in case.id]
+    if not chosen and not refused:
+        raise UsageError(f"no case has {select!r} in its id", given=select, hint="leave select out")
+    parts = {case: positive[case] for case in chosen} | dict.fromkeys(refused, REFUSALS)
+    fuzzes = tier == TIERS[-1] and not select
+    return Agenda(parts, shares(seed, examples) if fuzzes else ())

@@ -1,0 +1,212 @@
+"""Cases in processes that can be replaced: what crashes, hangs or breaks its device ends one of them, not the run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, Final
+
+import torch
+
+from attn_core.errors import AttnError
+from attn_core.planning.discovery import discover
+from attn_core.testing.cases import Case
+from attn_core.testing.checks import Fault
+from attn_core.testing.devices import at
+from attn_core.testing.fuzz import Share, run_share
+from attn_core.testing.refusals import check_refusal
+from attn_core.testing.run import Result, Target, run_case
+
+#: What a process is given to do: one case, or a share of the fuzzing.
+Job = Case | Share
+Results = tuple[Result, ...]
+
+#: What torch says when an earlier kernel has broken the device's context: nothing can run in this process any more.
+_LOST_DEVICE: Final = ("CUDA error", "device-side assert", "unspecified launch failure", "NPU function error")
+#: Seconds after which a case on an accelerator hangs: the slowest there is takes a few, with its compilation a minute.
+HANGS_AFTER: Final = 300.0
+#: Seconds that running cases have to end in when the time of a run is over.
+GRACE: Final = 15.0
+#: Processes that may be lost to a device that is broken for good, before what is left is given up.
+MAX_LOST: Final = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Crew:
+    """How many processes, on what, and for how long.
+
+    name, device, probe: as for `verify`. deadline: in the time of ``time.time()``, None for as long as it takes.
+    hangs_after: seconds for one case, None where a case may take any time (emulators).
+    """
+
+    name: str
+    device: str
+    workers: int
+    probe: bool
+    deadline: float | None = None
+    hangs_after: float | None = None
+
+
+def run_job(
+    job: Job, target: Target, *, probe: bool, deadline: float | None, begins: Callable[[Case], None] | None = None
+) -> Results:
+    """A case of either direction, or a share of fuzzing; ``begins`` is told of each case before it runs."""
+    if isinstance(job, Share):
+        return run_share(job, target, deadline=deadline, begins=begins, is_lost=lost_device)
+    return (check_refusal(job, target, probe=probe) if job.refused else run_case(job, target),)
+
+
+def lost_device(result: Result) -> bool:
+    """Whether the case broke the device for what would come after it."""
+    return any(sign in fault.message for fault in result.faults for sign in _LOST_DEVICE)
+
+
+class LostDeviceError(AttnError):
+    """Processes are lost one after the other: the device is broken for good."""
+
+
+def in_processes(jobs: Iterator[Job], crew: Crew) -> Iterator[tuple[Job, Results]]:
+    """Each job with its results, as they come; jobs that the deadline cut off are left out.
+
+    A job is taken when a process is free for it. A process that died, hung or lost its device is replaced, and its job
+    has a failed result that says so. Raises AttnError if processes cannot be started, LostDeviceError if too many are
+    lost.
+    """
+    upcoming, lost = next(jobs, None), 0
+    staff: list[_Process] = []
+    try:
+        while upcoming is not None or any(process.job is not None for process in staff):
+            if crew.deadline is not None and time.time() > crew.deadline:
+                upcoming = None
+            if crew.deadline is not None and time.time() > crew.deadline + GRACE:
+                break
+            while upcoming is not None and len(staff) < crew.workers:
+                staff.append(_Process(crew))
+            for process in _ready(staff, crew):
+                ended = process.listen()
+                if ended is not None:
+                    yield ended
+                lost += process.is_lost
+                if process.is_idle and not process.is_lost and upcoming is not None:
+                    process.give(upcoming)
+                    upcoming = next(jobs, None)
+                if process.is_idle or process.is_lost:
+                    process.end()
+                    staff.remove(process)
+            if lost > MAX_LOST:
+                raise LostDeviceError(f"{lost} processes were lost to {crew.name} on {crew.device}")
+    finally:
+        for process in staff:
+            process.end()
+
+
+def _ready(staff: list[_Process], crew: Crew) -> list[_Process]:
+    """The processes that have something to say, are gone, or have been silent for too long."""
+    by_connection = {process.connection: process for process in staff}
+    heard = [by_connection[connection] for connection in wait(list(by_connection), timeout=1.0)]  # type: ignore[index]
+    if crew.hangs_after is None:
+        return heard
+    return heard + [
+        p for p in staff if p.job is not None and p not in heard and time.time() - p.heard > crew.hangs_after
+    ]
+
+
+class _Process:
+    """One worker: what it does, and when it was last heard of."""
+
+    def __init__(self, crew: Crew) -> None:
+        context = get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self._process: BaseProcess = context.Process(target=_work, args=(theirs, crew), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.job: Job | None = None
+        self.heard = time.time()
+        self.is_lost = False
+        self._case: Case | None = None
+        self._has_started = False
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it waits for a job."""
+        return self._has_started and self.job is None
+
+    def give(self, job: Job) -> None:
+        """Begin a job."""
+        self.job = job
+        self._case = job if isinstance(job, Case) else None
+        self.heard = time.time()
+        self.connection.send(job)
+
+    def listen(self) -> tuple[Job, Results] | None:
+        """Hear what it says, or that it says no more; the job that has ended with its results.
+
+        Raises AttnError if the process could not start.
+        """
+        if not self.connection.poll():
+            return self._lose(f"it did not end within {time.time() - self.heard:.0f} seconds")
+        try:
+            message = self.connection.recv()
+        except (EOFError, OSError):
+            return self._lose("the process died")
+        self.heard = time.time()
+        match message:
+            case ("started", None):
+                self._has_started = True
+            case ("broken", text):
+                raise AttnError(f"a process for the cases could not start: {text}")
+            case ("begins", case):
+                self._case = case
+            case ("ended", results):
+                assert self.job is not None, "results of no job"
+                job, self.job = self.job, None
+                self.is_lost = any(map(lost_device, results))
+                return job, results
+        return None
+
+    def _lose(self, why: str) -> tuple[Job, Results] | None:
+        """Take note that the process is gone or hangs: the case that it ran has failed."""
+        self._process.join(1.0)
+        code = self._process.exitcode
+        why = why if code is None else f"{why}, with exit code {code}"
+        if not self._has_started:
+            raise AttnError(f"a process for the cases could not start: {why}")
+        self.is_lost = True
+        job, self.job = self.job, None
+        if job is None:
+            return None
+        failed = () if self._case is None else (Result(self._case, "failed", (Fault("raised", why),)),)
+        return job, failed
+
+    def end(self) -> None:
+        """Let go of it, by force if it is busy."""
+        if self.is_idle and not self.is_lost:
+            with suppress(OSError):
+                self.connection.send(None)
+            self._process.join(GRACE)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join(GRACE)
+        self.connection.close()
+
+
+def _work(connection: Connection[Any, Any], crew: Crew) -> None:
+    """The life of a worker: jobs from the connection until there is None."""
+    torch.set_num_threads(1)
+    with ExitStack() as stack:
+        try:
+            place = stack.enter_context(at(crew.device))
+            target = Target(discover().find(crew.name), place.system, place.device)
+        except Exception as error:
+            connection.send(("broken", f"{type(error).__name__}: {error}"))
+            return
+        connection.send(("started", None))
+        while (job := connection.recv()) is not None:
+            begins = (lambda case: connection.send(("begins", case))) if isinstance(job, Share) else None
+            results = run_job(job, target, probe=crew.probe, deadline=crew.deadline, begins=begins)
+            connection.send(("ended", results))

@@ -1,0 +1,66 @@
+"""Fuzzing: torch_native survives it, a fault is made small, and a search ends when it must."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from attn_core.testing.cases import MEMORIES, MODES, OPTIONS, Case
+from attn_core.testing.checks import Fault
+from attn_core.testing.fuzz import EXAMPLES, Share, run_share, shares
+from attn_core.testing.liars.scores import WrongScale
+from attn_core.testing.run import Result, Target
+
+
+def test_random_cases_are_right_or_refused(target: Target) -> None:
+    results = run_share(Share(11, 60), target)
+    assert [r.case.id for r in results if r.status != "passed"] == []
+    assert len(results) >= 60
+    assert 0 < sum(bool(r.case.refused) for r in results) < len(results)
+
+
+def test_random_cases_are_of_every_sort(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attn_core.testing.fuzz.try_one", lambda case, target: Result(case, "passed"))
+    seen = [r.case for share in shares(0, 250) for r in run_share(share, target)]
+    assert len({case.id for case in seen}) > 220
+    for name, values in {"mode": MODES, "memory": MEMORIES, "layout": ("NHD", "HND", "MLA")}.items():
+        counts = Counter(getattr(case, name) for case in seen)
+        assert set(counts) == set(values)
+        assert min(counts.values()) > len(seen) / len(values) / 4, counts
+    assert {option for case in seen for option in case.options} == set(OPTIONS)
+
+
+def test_shares_make_up_the_whole_and_differ() -> None:
+    parts = shares(0)
+    assert sum(share.examples for share in parts) == EXAMPLES
+    assert len({share.seed for share in [*parts, *shares(1)]}) == 2 * len(parts)
+    assert [share.examples for share in shares(0, 70)] == [50, 20]
+
+
+def test_a_failure_is_made_small_and_can_be_repeated(target: Target) -> None:
+    liar = replace(target, ref=replace(target.ref, cls=WrongScale))
+    *before, smallest = run_share(Share(1, 60), liar)
+    assert smallest.status == "failed"
+    assert all(r.status == "passed" for r in before)
+    small = smallest.case
+    assert len(small.requests) == 1
+    assert len(small.kinds) <= 2
+    assert Case.parse(small.id) == small
+
+
+def test_a_search_ends_with_its_time(target: Target) -> None:
+    assert run_share(Share(0, 50), target, deadline=time.time() - 1) == ()
+
+
+def test_nothing_is_made_smaller_on_a_device_that_is_lost(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Case] = []
+
+    def crash(case: Case, target: Target) -> Result:
+        tried.append(case)
+        return Result(case, "failed", (Fault("raised", "CUDA error: an illegal memory access"),))
+
+    monkeypatch.setattr("attn_core.testing.fuzz.try_one", crash)
+    (result,) = run_share(Share(0, 50), target, is_lost=lambda result: True)
+    assert tried == [result.case]

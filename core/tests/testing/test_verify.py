@@ -1,0 +1,227 @@
+"""verify: both directions, the witness, evidence, JUnit, and what is refused before anything runs."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from attn_core.errors import BackendRefusedError, UnknownBackendError, UsageError
+from attn_core.planning.discovery import register
+from attn_core.planning.manifest import Manifest
+from attn_core.planning.system import System
+from attn_core.runtime.torch_native.backend import TorchNativeBackend
+from attn_core.testing.blame import explain
+from attn_core.testing.cases import Case
+from attn_core.testing.proof import Evidence
+from attn_core.testing.refusals import check_refusal, refusal_cases
+from attn_core.testing.report import ROWS
+from attn_core.testing.run import Target, run_case
+from attn_core.testing.runner import verify
+from attn_core.testing.scene import Scene
+
+WINDOW = "decode/8x2x64+window=16/1@31/dtype=float32"
+
+
+def manifest_of(name: str, **changes: Any) -> dict[str, Any]:
+    """A small manifest: float32, pages of 16, no feature."""
+    clause = {
+        "phases": ["decode"],
+        "device": "any",
+        "kind": "mha",
+        "dtypes": ["float32"],
+        "head_dims": [[64, 64]],
+        "page_sizes": [16],
+        "kv_layouts": ["NHD"],
+        "features": [],
+        **changes,
+    }
+    return {"schema": 1, "name": name, "protocol": ">=1.0,<2", "summary": "For tests", "supports": [clause]}
+
+
+def test_a_right_backend_passes_and_its_evidence_says_what_was_proved(tmp_path: Path) -> None:
+    with register(TorchNativeBackend, manifest_of("small", features=["sliding_window"])):
+        report = verify("small", junit=tmp_path / "junit.xml", evidence_dir=tmp_path)
+    assert report.exit_code == 0
+    rows = {row.name: row for row in report.rows}
+    assert set(rows) == set(ROWS)
+    assert rows["sliding_window"].outcome == rows["decode"].outcome == "proved"
+    assert rows["softcap"].outcome == "under_claimed"
+    assert rows["prefill"].outcome == "under_claimed"
+    (path,) = tmp_path.glob("*/small.json")
+    data = json.loads(path.read_text())
+    assert Evidence.parse(data, str(path)).outcomes["sliding_window"] == "proved"
+    assert data["level"] == "silicon"
+    assert data["cases"]["passed"] == len(report.results)
+    assert data["versions"]["torch"] == torch.__version__
+    suite = ET.parse(tmp_path / "junit.xml").getroot()
+    assert suite.attrib["tests"] == str(len(report.results))
+    assert suite.attrib["failures"] == "0"
+
+
+def test_an_over_claimed_feature_is_named_with_a_case_that_reproduces_it() -> None:
+    class Deaf(TorchNativeBackend):
+        name = "deaf"
+
+        def forward_extend(self, q, k, v, layer, batch, **options):  # type: ignore[no-untyped-def]
+            return super().forward_extend(q, k, v, replace(layer, sliding_window=None), batch, **options)
+
+    with register(Deaf, manifest_of("deaf", features=["sliding_window", "softcap"])):
+        report = verify("deaf")
+        rows = {row.name: row for row in report.rows}
+        assert report.exit_code == 1
+        assert rows["sliding_window"].outcome == "over_claimed"
+        assert rows["softcap"].outcome == "proved"
+        assert rows["sliding_window"].first in report.table()
+        assert verify("deaf", case=rows["sliding_window"].first).exit_code == 1
+        assert verify("deaf", case="decode/8x2x64+softcap=1.5/1@31/dtype=float32").exit_code == 0
+
+
+def test_a_pass_of_another_backend_is_a_failure() -> None:
+    class Borrower(TorchNativeBackend):
+        name = "borrower"
+
+        def __init__(self, config, kv_cache):  # type: ignore[no-untyped-def]
+            super().__init__(config, kv_cache)
+            self.lender = TorchNativeBackend(config, kv_cache)
+
+        def forward_extend(self, *args, **options):  # type: ignore[no-untyped-def]
+            return self.lender.forward_extend(*args, **options)
+
+    with register(Borrower, manifest_of("borrower")) as ref:
+        result = run_case(
+            Case.parse("decode/8x2x64/1@31/dtype=float32"), Target(ref, System("cpu"), torch.device("cpu"))
+        )
+    assert [fault.check for fault in result.faults] == ["witness"]
+
+
+def test_what_is_declared_must_be_planned(target: Target) -> None:
+    manifest = Manifest.parse(manifest_of("torch_native"))
+    result = run_case(Case.parse(WINDOW), replace(target, ref=replace(target.ref, manifest=manifest)))
+    assert [fault.check for fault in result.faults] == ["refused"]
+    assert "feature_unsupported" in result.faults[0].message
+
+
+def test_what_is_not_declared_must_be_refused_for_a_reason_that_fits(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = Manifest.parse(manifest_of("torch_native"))
+    narrow = replace(target, ref=replace(target.ref, manifest=manifest))
+    case = replace(Case.parse(WINDOW), refused="feature_unsupported")
+    assert check_refusal(case, narrow, probe=True).works_undeclared
+    assert check_refusal(case, target, probe=False).faults[0].check == "not_refused"
+
+    from attn_core.testing import refusals
+
+    original = refusals.evaluate
+
+    def misjudged(*args: Any) -> Any:
+        decision = original(*args)
+        return replace(decision, reasons=tuple(replace(r, code="dtype_unsupported") for r in decision.reasons))
+
+    monkeypatch.setattr(refusals, "evaluate", misjudged)
+    assert "dtype_unsupported" in check_refusal(case, narrow, probe=False).faults[0].message
+
+
+def test_a_backend_that_dies_in_its_constructor_fails_its_cases(target: Target) -> None:
+    class Broken(TorchNativeBackend):
+        name = "broken"
+
+        def __init__(self, config, kv_cache):  # type: ignore[no-untyped-def]
+            raise RuntimeError("no such kernel")
+
+    with register(Broken, manifest_of("broken")) as ref:
+        result = run_case(Case.parse("decode/8x2x64/1@31/dtype=float32"), replace(target, ref=ref))
+    assert result.status == "failed"
+    assert "no such kernel" in result.faults[0].message
+
+
+def test_what_the_installed_build_lacks_is_not_run_rather_than_failed(target: Target) -> None:
+    from attn_core.planning.reasons import reason
+
+    class Stripped(TorchNativeBackend):
+        name = "stripped"
+
+        @classmethod
+        def build_reasons(cls, config, phase):  # type: ignore[no-untyped-def]
+            return [reason("build_unsupported", "softcap", "1.5", "compiled out")] if config.layers[0].softcap else []
+
+    with register(Stripped, manifest_of("stripped", features=["softcap"])) as ref:
+        own = replace(target, ref=ref)
+        assert run_case(Case.parse("decode/8x2x64/1@31/dtype=float32"), own).status == "passed"
+        result = run_case(Case.parse("decode/8x2x64+softcap=1.5/1@31/dtype=float32"), own)
+    assert result.status == "not_run"
+    assert "build_unsupported" in result.note
+
+
+def test_processes_find_what_one_process_finds() -> None:
+    alone = verify("torch_native", select="draft_extend/8x2x64/2@30")
+    together = verify("torch_native", select="draft_extend/8x2x64/2@30", workers=2)
+    assert [(r.case, r.status) for r in together.results] == [(r.case, r.status) for r in alone.results]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"name": "torch_nativ"}, UnknownBackendError),
+        ({"tier": "all"}, UsageError),
+        ({"device": "gpu"}, UsageError),
+        ({"device": "emulated:nothing"}, UsageError),
+        ({"case": "decode/nonsense"}, UsageError),
+        ({"select": "no case has this"}, UsageError),
+        ({"max_cases": 3, "evidence_dir": "nowhere"}, UsageError),
+    ],
+)
+def test_bad_requests_are_refused_before_anything_runs(arguments: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        verify(**{"name": "torch_native", **arguments})
+
+
+def test_a_backend_for_another_device_is_refused_with_the_reason() -> None:
+    with (
+        register(TorchNativeBackend, manifest_of("elsewhere", device="cuda")),
+        pytest.raises(BackendRefusedError, match="device"),
+    ):
+        verify("elsewhere")
+
+
+def test_scenes_are_the_same_each_time_and_poison_spares_what_is_named(target: Target) -> None:
+    case = Case.parse("extend/8x2x64/3@5,2@20/batch=2/dtype=float32/memory=shuffled/holes")
+    config = target.plan(case).config
+    scenes = [Scene(case, config, torch.device("cpu")) for _ in range(2)]
+    caches = [scene.allocate() for scene in scenes]
+    for scene, cache in zip(scenes, caches, strict=True):
+        scene.fill(cache, poison=True)
+    assert torch.equal(caches[0].k(0).view(torch.int32), caches[1].k(0).view(torch.int32))
+    known = caches[0].k(0).isfinite().flatten(1).all(-1)
+    assert not known[0]  # the null page
+    finite = int(caches[0].k(0).isfinite().all(-1).all(-1).sum())
+    assert finite == 5 + 20 + 1  # both prefixes, and the one token in three that is written already
+
+
+def test_failures_are_explained_by_the_claim_they_share(target: Target) -> None:
+    from attn_core.testing.checks import Fault
+    from attn_core.testing.run import Result
+
+    ids = {
+        "decode/8x2x64/1@31": "passed",
+        "decode/8x2x64+softcap=1.5/1@31": "passed",
+        "decode/8x2x64+window=16/1@31": "failed",
+        "decode/8x2x64+window=16+softcap=1.5/1@31": "failed",
+        "extend/8x2x64+window=16/32@0": "passed",
+    }
+    fault = (Fault("output", "off"),)
+    results = [Result(Case.parse(i), s, fault if s == "failed" else ()) for i, s in ids.items()]  # type: ignore[arg-type]
+    (blame,) = explain(results)
+    assert blame.feature == "sliding_window"
+    assert (blame.failed, blame.tried) in {(2, 2), (2, 3)}
+    assert blame.first.case.id == "decode/8x2x64+window=16/1@31"
+
+
+def test_refusals_of_torch_native_hold(target: Target) -> None:
+    for case in refusal_cases(target.ref.manifest, "contract", target.system):
+        assert check_refusal(case, target, probe=False).status == "passed", case.id
