@@ -3,7 +3,7 @@
     python benchmarks/torch_native_cpu.py [--rounds N] [--write]
 
 Decode: 32 requests of 100 to 2000 tokens, their pages scattered over the pool, 9 query heads, 3 KV heads, width 64.
-What is compared, each for one layer on one thread, in CPU time, the best of interleaved rounds:
+What is compared, each for one layer on one thread, in CPU time, the median of interleaved rounds:
 
 - torch_native: `forward_decode`, which writes the new keys and values, with the step's metadata made before (it is
   shared by all layers); and the same with the metadata made every time.
@@ -23,6 +23,7 @@ import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import torch
 from attn_core.bench.results import Results, Row, device_slug
@@ -153,15 +154,19 @@ def prefill_calls(work: Workload) -> dict[str, Call]:
     return {"attn:torch_native": work.attend, "one SDPA call": sdpa}
 
 
-def best_of(calls: dict[str, Call], rounds: int) -> dict[str, float]:
-    """Milliseconds of each call: the best of ``rounds``, one after the other in every round, so that noise hits all."""
-    best = dict.fromkeys(calls, float("inf"))
+def medians_of(calls: dict[str, Call], rounds: int) -> dict[str, float]:
+    """Milliseconds of each call: the median of ``rounds``, one after the other in every round, so that noise hits all.
+
+    Each is called once before it is timed: in a model the call before is that of the layer before.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
+            call()
             start = time.thread_time()
             call()
-            best[name] = min(best[name], 1e3 * (time.thread_time() - start))
-    return best
+            times[name].append(1e3 * (time.thread_time() - start))
+    return {name: median(each) for name, each in times.items()}
 
 
 def measure(rounds: int) -> list[Row]:
@@ -171,7 +176,7 @@ def measure(rounds: int) -> list[Row]:
     rows: list[Row] = []
 
     def add(bench: str, shape: str, calls: dict[str, Call], count: int) -> None:
-        times = best_of(calls, count)
+        times = medians_of(calls, count)
         mine = times["attn:torch_native"]
         print(f"\n{shape}")
         for name, ms in times.items():
@@ -195,7 +200,7 @@ def measure(rounds: int) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=50, help="how often each call is timed")
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/DEVICE/torch_native.json")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/DEVICE/torch_native_cpu.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = measure(options.rounds)
@@ -210,7 +215,7 @@ def main() -> None:
         system = detect()
         versions = {"torch": torch.__version__, "blas": "MKL" if torch.backends.mkl.is_available() else "other"}
         found = Results(system.name or system.device, {**versions, "threads": "1"}, tuple(rows))
-        path = Path(__file__).parent / "results" / device_slug(found.device) / "torch_native.json"
+        path = Path(__file__).parent / "results" / device_slug(found.device) / "torch_native_cpu.json"
         print(f"written to {found.write(path).relative_to(Path(__file__).parent.parent)}")
 
 

@@ -309,6 +309,15 @@ def test_scores_are_held_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> No
             assert_right(made.run(native(made), return_lse=True), made.expected())
 
 
+def test_what_a_layer_leaves_behind_does_not_reach_the_next() -> None:
+    made = scene(GQA3, DECODE, query_lens=[1, 1], seq_lens=[200, 9])
+    backend = native(made)
+    backend.init_forward_metadata(made.batch)
+    poisoned = torch.full_like(made.q, torch.nan)
+    assert backend.forward(poisoned, made.k, made.v, made.layer, made.batch).isnan().all()
+    assert_right(backend.forward(made.q, made.k, made.v, made.layer, made.batch), made.expected())
+
+
 MALFORMED = [
     ("a tree in a prefill", EXTEND, {"tree": TreeMask.from_parents(torch.tensor([[-1, 0], [-1, 0]]))}, [2, 2]),
     ("a tree of another size", VERIFY, {"tree": TreeMask.from_parents(torch.tensor([[-1, 0], [-1, 0]]))}, [3, 3]),

@@ -1,15 +1,17 @@
 """FlatStep: decode on a CPU over a flat list of blocks of keys: nothing padded to the longest, no loop over requests.
 
-The keys of all requests are cut into blocks of a few tokens. Scores of all blocks come from batched products over rows
-gathered a cache's worth at a time; the softmax is one per request over its blocks; the weighted sum of values reads the
-pool in place (``embedding_bag``), where a group has few heads. What depends on lengths and pages alone is made once per
-step and shared by its layers.
+The keys of all requests are cut into blocks of a few tokens. Where a group has few heads, keys and values are read in
+place: the scores are the entries of a sparse product (``sampled_addmm``), the weighted sum of values is an
+``embedding_bag``. Otherwise batched products run over rows gathered a cache's worth at a time. The softmax is one per
+request over its blocks. What depends on lengths and pages alone is made once per step and shared by its layers.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Final
 
 import torch
@@ -25,14 +27,14 @@ from attn_core.runtime.torch_native.step import missing_encoder
 
 #: Tokens in a block: long enough for a matrix product, short enough to waste little at the end of a request.
 BLOCK: Final = 128
-#: Bytes of keys gathered at a time: they are read again from the processor's cache, and the allocator keeps the memory
-#: (glibc gives larger blocks back to the system every time, and the page faults cost more than the attention).
-GATHER_BYTES: Final = 3 << 18
+#: Bytes of keys gathered at a time: they are read again from the processor's cache.
+GATHER_BYTES: Final = 3 << 19
 #: ``mode`` of embedding_bag: the sum of a bag's rows.
 _SUM: Final = 0
 #: Scores held at a time, in elements.
 SCORE_ELEMENTS: Final = 1 << 24
-#: Above this many query heads a KV head, a product over gathered values beats reading them in place once per head.
+#: Up to this many query heads a KV head, reading in place once per query head beats a product over gathered rows.
+IN_PLACE_GROUP_OF_KEYS: Final = 3
 IN_PLACE_GROUP: Final = 8
 
 
@@ -101,6 +103,23 @@ class Blocks:
 
 
 @dataclass(slots=True)
+class Scratch:
+    """Memory that all layers of a step write gathered rows to, one after the other.
+
+    Without it each layer would ask the system for memory anew, and the page faults cost more than the gathering.
+    """
+
+    buffers: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)
+
+    def take(self, role: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        """[rows, width] with anything in it; what was taken for the same role and dtype before is no longer valid."""
+        buffer = self.buffers.get((role, dtype))
+        if buffer is None or buffer.numel() < rows * width:
+            buffer = self.buffers[role, dtype] = torch.empty(rows * width, dtype=dtype)
+        return buffer[: rows * width].view(rows, width)
+
+
+@dataclass(slots=True)
 class FlatStep:
     """One decode step: the batch, and its keys in blocks for each window among the layers (and for cross layers)."""
 
@@ -108,13 +127,14 @@ class FlatStep:
     slot_mapping: Tensor
     page_size: int
     blocks: dict[tuple[int | None, bool, int], list[Blocks]] = field(default_factory=dict)
+    scratch: Scratch = field(default_factory=Scratch)
 
     def attend(
         self, q: Tensor, layer: AttentionLayer, kv_cache: KVCache, need_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
         state: tuple[Tensor, Tensor] | None = None
         for blocks in self._blocks(layer):
-            part = _attend_blocks(q, layer, kv_cache, blocks)
+            part = _attend_blocks(q, layer, kv_cache, blocks, self.scratch)
             state = part if state is None else merge_state(state, part)
         return empty_state(*q.shape[:-1], layer.v_head_dim, device=q.device) if state is None else state
 
@@ -133,16 +153,18 @@ class FlatStep:
         return self.blocks[key]
 
 
-def _attend_blocks(q: Tensor, layer: AttentionLayer, kv_cache: KVCache, blocks: Blocks) -> tuple[Tensor, Tensor]:
+def _attend_blocks(
+    q: Tensor, layer: AttentionLayer, kv_cache: KVCache, blocks: Blocks, scratch: Scratch
+) -> tuple[Tensor, Tensor]:
     """``(out, lse)``, fp32 [B, Hq, Dv] and [B, Hq], of q [B, Hq, D] over these blocks."""
     queries = (q.float() * (layer.scale * layer.k_scale)).view(-1, layer.num_kv_heads, layer.group_size, q.shape[-1])
     queries = queries.index_select(0, blocks.owner)
     keys = kv_cache.k_nhd(layer.layer_id)
     values = None if layer.kind == "mla" else kv_cache.v_nhd(layer.layer_id)
     if values is not None and _can_stay(values, layer):
-        parts = _values_in_place(queries, keys, values, layer, blocks)
+        parts = _values_in_place(queries, keys, values, layer, blocks, scratch)
     else:
-        parts = _values_gathered(queries, keys, values, layer, blocks)
+        parts = _values_gathered(queries, keys, values, layer, blocks, scratch)
     return _joined(*parts, layer, blocks)
 
 
@@ -152,15 +174,10 @@ def _can_stay(values: Tensor, layer: AttentionLayer) -> bool:
 
 
 def _values_in_place(
-    queries: Tensor, keys: Tensor, values: Tensor, layer: AttentionLayer, blocks: Blocks
+    queries: Tensor, keys: Tensor, values: Tensor, layer: AttentionLayer, blocks: Blocks, scratch: Scratch
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per block, fp32: weighted sums of values [n, Hkv, G, Dv], top and total [n, Hkv, G, 1]."""
-    scores = torch.empty(*queries.shape[:3], BLOCK)
-    at_once = _at_once(keys)
-    each = at_once * layer.num_kv_heads
-    parts = zip(torch.split(queries.flatten(0, 1), each), torch.split(scores.flatten(0, 1), each), strict=True)
-    for rows, (q, out) in zip(_gathered(keys, blocks, at_once), parts, strict=True):
-        torch.bmm(q, rows.transpose(1, 2), out=out)
+    scores = _scores(queries, keys, layer, blocks, scratch)
     weights, top, total = _softmax(cap(scores, layer.softcap), blocks.shown)
     table = RowTable.of(values)
     rows, starts = blocks.bags_of(table, layer.group_size)
@@ -169,15 +186,63 @@ def _values_in_place(
     return sums.float().view(*queries.shape[:3], -1), top, total
 
 
+def _scores(queries: Tensor, keys: Tensor, layer: AttentionLayer, blocks: Blocks, scratch: Scratch) -> Tensor:
+    """[n, Hkv, G, BLOCK] of queries [n, Hkv, G, D], in scratch memory."""
+    table = RowTable.of(keys)
+    scores = scratch.take("scores", queries[..., 0].numel(), BLOCK, torch.float32)
+    if _keys_can_stay(keys, table, layer):
+        _multiply_in_place(queries.flatten(0, 2), table, blocks.bags_of(table, layer.group_size), scores)
+    else:
+        at_once = _at_once(keys)
+        each = at_once * layer.num_kv_heads
+        parts = (torch.split(x, each) for x in (queries.flatten(0, 1), scores.view(-1, layer.group_size, BLOCK)))
+        for rows, q, out in zip(_gathered(keys, blocks, at_once, scratch), *parts, strict=True):
+            torch.bmm(q, rows.transpose(1, 2), out=out)
+    return scores.view(*queries.shape[:3], BLOCK)
+
+
+def _keys_can_stay(keys: Tensor, table: RowTable, layer: AttentionLayer) -> bool:
+    """Whether the scores are computed from the pool itself: the sparse product knows fp32 alone.
+
+    A sparse matrix of more entries than places is cut by the kernel, so a block must not be longer than the table.
+    """
+    few = layer.group_size <= IN_PLACE_GROUP_OF_KEYS
+    return few and keys.dtype is torch.float32 and table.contiguous and table.rows.shape[0] >= BLOCK
+
+
+def _multiply_in_place(queries: Tensor, table: RowTable, bags: tuple[Tensor, Tensor], out: Tensor) -> None:
+    """``out`` [m, BLOCK]: the products of each of queries [m, D] with the rows of its bag.
+
+    They are the values of a sparse matrix [m, N]; nothing in the kernel needs a row's columns sorted, or each once.
+    """
+    rows, starts = bags
+    _expect_sparse()
+    ends = torch.cat([starts, starts.new_full((1,), rows.shape[0])])
+    values = out.zero_().view(-1)  # the kernel adds to 0 times what is there, which may be anything
+    size = (queries.shape[0], table.rows.shape[0])
+    products = torch.sparse_csr_tensor(ends, rows, values, size=size, check_invariants=False)
+    torch.sparse.sampled_addmm(products, queries, table.rows.t(), beta=0.0, out=products)
+
+
+@cache
+def _expect_sparse() -> None:
+    """Torch says once a process that sparse matrices are in beta; no user of a backend can do anything about it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor(
+            torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), size=(1, 1)
+        )
+
+
 def _values_gathered(
-    queries: Tensor, keys: Tensor, values: Tensor | None, layer: AttentionLayer, blocks: Blocks
+    queries: Tensor, keys: Tensor, values: Tensor | None, layer: AttentionLayer, blocks: Blocks, scratch: Scratch
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same, with the rows of values gathered too; ``values`` None (MLA): they are the first Dv of the keys."""
     sums = torch.empty(*queries.shape[:3], layer.v_head_dim)
     tops, totals = [], []
     at_once = _at_once(keys)
-    of_keys = _gathered(keys, blocks, at_once)
-    of_values = None if values is None else _gathered(values, blocks, at_once)
+    of_keys = _gathered(keys, blocks, at_once, scratch)
+    of_values = None if values is None else _gathered(values, blocks, at_once, scratch, "values")
     parts = zip(*(torch.split(x, at_once) for x in (queries, blocks.shown, sums)), strict=True)
     for rows, (q, shown, out) in zip(of_keys, parts, strict=True):
         scores = torch.bmm(q.flatten(0, 1), rows.transpose(1, 2)).view(*q.shape[:3], BLOCK)
@@ -194,18 +259,16 @@ def _at_once(keys: Tensor) -> int:
     return max(1, GATHER_BYTES // (BLOCK * keys.shape[2] * keys.shape[3] * 4))
 
 
-def _gathered(pool: Tensor, blocks: Blocks, at_once: int) -> Iterator[Tensor]:
-    """For ``at_once`` blocks at a time their rows [blocks * H, BLOCK, D] in fp32, unscaled."""
+def _gathered(pool: Tensor, blocks: Blocks, at_once: int, scratch: Scratch, role: str = "keys") -> Iterator[Tensor]:
+    """For ``at_once`` blocks at a time their rows [blocks * H, BLOCK, D] in fp32, unscaled; each until the next."""
     table = RowTable.of(pool)
-    prefetched = table.contiguous and pool.dtype not in FP8_DTYPES
-    pieces = blocks.pieces_of(table, at_once)
-    starts = torch.arange(pieces[0].shape[0], dtype=pieces[0].dtype)
-    for index in pieces:
-        if prefetched:  # bags of one row each: that kernel looks ahead, index_select does not
-            rows = torch.embedding_bag(table.rows, index, starts[: index.shape[0]], mode=_SUM)[0]
-        else:
-            rows = table.rows.index_select(0, index)
-        rows = fp8_to_float(rows.view(pool.dtype)) if pool.dtype in FP8_DTYPES else rows.float()
+    for index in blocks.pieces_of(table, at_once):
+        rows = scratch.take(role, index.shape[0], pool.shape[-1], table.rows.dtype)
+        torch.index_select(table.rows, 0, index, out=rows)
+        if pool.dtype in FP8_DTYPES:
+            rows = fp8_to_float(rows.view(pool.dtype))
+        elif pool.dtype is not torch.float32:
+            rows = scratch.take(role, rows.shape[0], rows.shape[1], torch.float32).copy_(rows)
         yield rows.view(-1, BLOCK, pool.shape[-1])
 
 
