@@ -24,6 +24,7 @@ from attn_ascend.latent import attend_latent
 from attn_ascend.limits import check_cache, check_layer, refusals, refuse_soc
 from attn_ascend.paged import attend_paged
 from attn_ascend.ragged import blind_rows, lengths_of
+from attn_ascend.sight import compressed_mask
 from attn_ascend.sinks import add_sink
 from attn_ascend.step import Lengths, Step, host_lengths, step_of
 from attn_ascend.writing import write
@@ -144,6 +145,7 @@ class AscendBackend(AttentionBackend):
         if self.config.max_context_len is not None:
             pages = min(pages, -(-self.config.max_context_len // self.kv_cache.page_size))
         device = self.kv_cache.device
+        compressed_mask(device)  # made here: what is made in a capture holds nothing until the graph is replayed
         with torch.inference_mode(False):  # replays may come in another mode
             self._table = torch.zeros(max_batch_size, pages, dtype=torch.int32, device=device)
             self._slots = torch.full((max_num_tokens,), -1, dtype=torch.int32, device=device)

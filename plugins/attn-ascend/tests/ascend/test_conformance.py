@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -11,9 +12,15 @@ import torch
 from attn_ascend import attend, backend, copies, latent, sinks, step, writing
 from attn_ascend.attend import Output
 from attn_ascend.emulator import fused
+from attn_ascend.emulator.device import EMULATOR
 from attn_ascend.sight import ALL_KEYS, CAUSAL, Sight
+from attn_core.planning.discovery import discover
+from attn_core.runtime.batch import ForwardBatch
+from attn_core.runtime.torch_native.backend import TorchNativeBackend
 from attn_core.testing import verify
+from attn_core.testing.refusals import refusal_cases, run_widened
 from attn_core.testing.report import Report
+from attn_core.testing.run import Target
 
 DEVICE = "emulated:ascend"
 Patch = pytest.MonkeyPatch
@@ -179,3 +186,36 @@ def test_a_planted_fault_is_caught(fault: Callable[[Patch], None], monkeypatch: 
     assert passes(*FAULTS[fault])
     fault(monkeypatch)
     assert kit(*FAULTS[fault]).failures != ()
+
+
+def test_a_manifest_that_claims_more_is_caught() -> None:
+    """Only the two promises about bits hold here unclaimed: the emulator computes in torch, and a chip may not."""
+    system, ref = EMULATOR.system(), discover().find("ascend")
+    target = Target(ref, system, EMULATOR.device())
+    cases = [c for c in refusal_cases(ref.manifest, "contract", system) if not c.options & {"twice", "alone"}]
+    with EMULATOR:
+        passed = [case.id for case in cases if run_widened(case, target).status == "passed"]
+    assert passed == []
+    assert {case.refused for case in cases} >= {
+        "dtype_unsupported", "kv_dtype_unsupported", "feature_unsupported", "group_size_unsupported",
+        "head_dim_unsupported", "kv_layout_unsupported", "page_size_unsupported",
+    }  # fmt: skip
+
+
+def test_another_backend_that_steps_in_is_seen(monkeypatch: Patch) -> None:
+    """A silent fallback gives right answers, so that only the witness can tell."""
+    batches: list[ForwardBatch] = []
+    right = backend.step_of
+    monkeypatch.setattr(backend, "step_of", lambda batch: (batches.append(batch), right(batch))[1])
+
+    def falls_back(
+        self: backend.AscendBackend, fused: Any, q: Any, keys: Any, layer: Any, *_: Any, **options: Any
+    ) -> Any:
+        native, batch = TorchNativeBackend(self.config, self.kv_cache), replace(batches[-1], plan_state=None)
+        native.init_forward_metadata(batch)
+        wanted = {name: options[name] for name in ("return_lse", "out")}
+        return native.forward_decode(q, None, None, layer, batch, save_kv_cache=False, **wanted)
+
+    monkeypatch.setattr(backend.AscendBackend, "_attend", falls_back)
+    checks = {fault.check for result in kit("decode/8x2x64/1@", count=2).failures for fault in result.faults}
+    assert checks == {"witness"}

@@ -1,5 +1,5 @@
 // A device of one card in host memory, for tests: just what torch-npu asks of AscendCL to allocate, copy and capture.
-// Kernels do not run here, and the replay of a graph does nothing: it stands for the order of calls, not for results.
+// Kernels do not run here: the tests put them behind the vendor's operators, and keep what a graph has captured.
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -58,29 +58,44 @@ Result aclrtEventElapsedTime(float *ms, void *start, void *end) { *ms = 0; retur
 Result aclrtQueryEventStatus(void *event, int *status) { *status = 1; return 0; }
 Result aclrtQueryEventWaitStatus(void *event, int *status) { *status = 1; return 0; }
 
-// graphs: the vendor's NPUGraph calls these in order, and so we see that it does
+// graphs: the vendor's NPUGraph calls these in order, and so we see that it does. What a graph holds, the tests keep:
+// they are told of each call while it is made.
 static char journal[1 << 16];
 static void note(const char *what) { if (strlen(journal) + 32 < sizeof journal) { strcat(journal, what); strcat(journal, ";"); } }
 const char *fake_journal(void) { return journal; }
 void fake_journal_clear(void) { journal[0] = 0; }
 
-Result aclmdlRICaptureBegin(void *stream, int mode) { capturing = 1; graph = handle(); note("capture_begin"); return 0; }
-Result aclmdlRICaptureEnd(void *stream, void **made) { capturing = 0; *made = graph; note("capture_end"); return 0; }
+typedef void (*Listener)(const char *what, uint64_t where, uint64_t value);
+static Listener listener = 0;
+void fake_listen(Listener told) { listener = told; }
+static Result tell(const char *what, void *where, uint64_t value) {
+    note(what);
+    if (listener) listener(what, (uint64_t)where, value);
+    return 0;
+}
+
+Result aclmdlRICaptureBegin(void *stream, int mode) { capturing = 1; graph = handle(); return tell("capture_begin", graph, 0); }
+Result aclmdlRICaptureEnd(void *stream, void **made) { capturing = 0; *made = graph; return tell("capture_end", graph, 0); }
 Result aclmdlRICaptureGetInfo(void *stream, int *status, void **made) {
     *status = capturing;
     if (made) *made = capturing ? graph : 0;
     return 0;
 }
 Result aclmdlRICaptureThreadExchangeMode(int *mode) { return 0; }
-Result aclmdlRICaptureTaskGrpBegin(void *stream) { note("group_begin"); return 0; }
-Result aclmdlRICaptureTaskGrpEnd(void *stream, void **group) { *group = handle(); note("group_end"); return 0; }
-Result aclmdlRICaptureTaskUpdateBegin(void *stream, void *group) { note("update_begin"); return 0; }
-Result aclmdlRICaptureTaskUpdateEnd(void *stream) { note("update_end"); return 0; }
-Result aclmdlRIExecuteAsync(void *made, void *stream) { note("replay"); return 0; }
+Result aclmdlRICaptureTaskGrpBegin(void *stream) { return tell("group_begin", 0, 0); }
+Result aclmdlRICaptureTaskGrpEnd(void *stream, void **group) { *group = handle(); return tell("group_end", *group, 0); }
+Result aclmdlRICaptureTaskUpdateBegin(void *stream, void *group) { return tell("update_begin", group, 0); }
+Result aclmdlRICaptureTaskUpdateEnd(void *stream) { return tell("update_end", 0, 0); }
+Result aclmdlRIExecuteAsync(void *made, void *stream) { return tell("replay", made, 0); }
 Result aclmdlRIDestroy(void *made) { return 0; }
+
 // an external event is a word in memory that the graph waits for, and that is then set back
-Result aclrtValueWait(void *word, uint64_t value, uint32_t flag, void *stream) { note("wait"); return 0; }
-Result aclrtValueWrite(void *word, uint64_t value, uint32_t flag, void *stream) { note(value ? "record" : "reset"); return 0; }
-Result aclrtRecordEvent(void *event, void *stream) { note("record"); return 0; }
-Result aclrtStreamWaitEvent(void *stream, void *event) { note("wait"); return 0; }
-Result aclrtResetEvent(void *event, void *stream) { note("reset"); return 0; }
+Result aclrtValueWait(void *word, uint64_t value, uint32_t flag, void *stream) { return tell("wait", word, value); }
+Result aclrtValueWrite(void *word, uint64_t value, uint32_t flag, void *stream) {
+    if (!capturing) *(uint64_t *)word = value;
+    return tell(value ? "record" : "reset", word, value);
+}
+// other events order streams, and here everything is done in the order in which it is asked for
+Result aclrtRecordEvent(void *event, void *stream) { note("stream_event"); return 0; }
+Result aclrtStreamWaitEvent(void *stream, void *event) { note("stream_wait"); return 0; }
+Result aclrtResetEvent(void *event, void *stream) { return 0; }
