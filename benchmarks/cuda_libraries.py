@@ -1,8 +1,9 @@
 """The CUDA libraries behind the contract, on a GPU: verified, timed beside direct calls, mixed, and their traps tried.
 
 python benchmarks/cuda_libraries.py site FOLDER           metadata of the working tree's distributions
-python benchmarks/cuda_libraries.py verify NAME --tier contract --out FOLDER --workers 4
+python benchmarks/cuda_libraries.py verify NAME --tier contract --out FOLDER --workers 4 --max-seconds 90
 python benchmarks/cuda_libraries.py traps mixed models speed host --out FOLDER
+python benchmarks/cuda_libraries.py trap NAME             one trap, in this process
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--select", default="")
     parser.add_argument("--max-cases", type=int)
+    parser.add_argument("--max-seconds", type=float)
     parser.add_argument("--seconds", type=float, default=0.15)
     parser.add_argument("--backends", default="fa3,flashinfer,flashmla,flashinfer_mla")
     given = parser.parse_args()
@@ -37,7 +39,12 @@ def main() -> None:
         from cuda.verify import run_verify
 
         for name in given.what[1:]:
-            run_verify(name, given.tier, given.out, given.workers, given.select, given.max_cases)
+            run_verify(name, given.tier, given.out, given.workers, given.select, given.max_cases, given.max_seconds)
+        return
+    if given.what[0] == "trap":
+        from cuda.traps import run_trap
+
+        print(run_trap(given.what[1]))
         return
     for what in given.what:
         _run(what, given)
@@ -49,8 +56,10 @@ def _run(what: str, given: argparse.Namespace) -> None:
         from attn_core.planning.system import detect
         from cuda.speed import speed_rows
 
-        rows = list(speed_rows(given.seconds, tuple(given.backends.split(","))))
-        results(rows, detect()).write(given.out / "cuda_libraries.json")
+        rows, system = [], detect()
+        for name in given.backends.split(","):
+            rows += speed_rows(given.seconds, name)
+            results(rows, system).write(given.out / "cuda_libraries.json")
         return
     if what == "traps":
         from cuda.traps import run_traps as run

@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,15 +37,14 @@ def backend_of(name: str, config: AttentionConfig, cache: KVCache) -> AttentionB
     return load_backend(discover().find(name))(config, cache)
 
 
-def speed_rows(seconds: float, names: tuple[str, ...]) -> Iterator[Row]:
-    """For every shape and backend: ``attn:NAME`` and, in turn with it, the library called directly."""
+def speed_rows(seconds: float, name: str) -> Iterator[Row]:
+    """For every shape of this backend: ``attn:NAME`` and, in turn with it, the library called directly."""
     for shape in SHAPES.values():
-        for name in BACKENDS[shape.bench]:
-            if name in names:
-                try:
-                    yield from _pair(name, shape, seconds)
-                except Exception:
-                    print(f"[speed] {name} {shape.name} RAISED {traceback.format_exc(limit=4)}", flush=True)
+        if name in BACKENDS[shape.bench]:
+            try:
+                yield from _pair(name, shape, seconds)
+            except Exception:
+                print(f"[speed] {name} {shape.name} RAISED {traceback.format_exc(limit=4)}", flush=True)
 
 
 def _workload(name: str, shape: Shape) -> tuple[Workload, AttentionBackend]:
@@ -83,11 +83,17 @@ def _pair(name: str, shape: Shape, seconds: float) -> Iterator[Row]:
 def host_rows() -> list[dict[str, Any]]:
     """Host time of metadata and of replays at batch 64, for short and long contexts; graph memory; cache writes."""
     found = []
-    for measure in (replay_costs, metadata_costs, memory, expansion, cache_writes):
+    backends = ("fa3", "flashmla", "flashinfer", "flashinfer_mla")
+    measures = [
+        *(partial(measure, name) for measure in (replay_costs, metadata_costs, memory) for name in backends),
+        expansion,
+        cache_writes,
+    ]
+    for measure in measures:
         try:
             found += measure()
         except Exception:
-            found.append({"what": measure.__name__, "raised": traceback.format_exc(limit=4)})
+            found.append({"what": str(measure), "raised": traceback.format_exc(limit=4)})
     for line in found:
         print(f"[host] {line}", flush=True)
     return found
@@ -99,20 +105,19 @@ def _decode_shape(name: str, batch: int, keys: int) -> Shape:
     return replace(like, name=f"decode bs{batch} kv{keys}", query_lens=(1,) * batch, seq_lens=(keys,) * batch)
 
 
-def replay_costs() -> list[dict[str, Any]]:
+def replay_costs(name: str) -> list[dict[str, Any]]:
     """`init_forward_metadata_replay_cuda_graph` at batch 64, host microseconds; FlashInfer beside its own plan."""
     found = []
-    for name in ("fa3", "flashmla", "flashinfer", "flashinfer_mla"):
-        for keys in (1024, 8192):
-            work, backend = _workload(name, _decode_shape(name, 64, keys))
-            backend.config = backend.config.replace(max_context_len=131072)
-            backend.init_cuda_graph_state(64, 64)
-            backend.init_forward_metadata_capture_cuda_graph(work.batch)
-            replay = time_host(lambda b=backend, w=work: b.init_forward_metadata_replay_cuda_graph(w.batch), DEVICE)
-            line = {"what": "replay", "backend": name, "batch": 64, "keys": keys, "host_us": replay}
-            if name == "flashinfer":
-                line["library_fast_plan_us"] = _library_fast_plan(work, backend)
-            found.append(line)
+    for keys in (1024, 8192):
+        work, backend = _workload(name, _decode_shape(name, 64, keys))
+        backend.config = backend.config.replace(max_context_len=131072)
+        backend.init_cuda_graph_state(64, 64)
+        backend.init_forward_metadata_capture_cuda_graph(work.batch)
+        replay = time_host(lambda b=backend, w=work: b.init_forward_metadata_replay_cuda_graph(w.batch), DEVICE)
+        line = {"what": "replay", "backend": name, "batch": 64, "keys": keys, "host_us": replay}
+        if name == "flashinfer":
+            line["library_fast_plan_us"] = _library_fast_plan(work, backend)
+        found.append(line)
     return found
 
 
@@ -123,7 +128,7 @@ def _library_fast_plan(work: Workload, backend: Any) -> float:
     from attn_flashinfer.step import plan_options
 
     options = plan_options(captured.shape, captured.way, backend.config, backend.kv_cache)
-    wrapper, indptr, last = captured.planned.wrapper, keys.host_indptr, keys.host_last_page_len
+    wrapper, indptr, last = captured.planned.made, keys.host_indptr, keys.host_last_page_len
     from flashinfer.decode import fast_decode_plan
 
     def call() -> None:
@@ -132,45 +137,40 @@ def _library_fast_plan(work: Workload, backend: Any) -> float:
     return time_host(call, DEVICE)
 
 
-def metadata_costs() -> list[dict[str, Any]]:
+def metadata_costs(name: str) -> list[dict[str, Any]]:
     """`init_forward_metadata` of an eager decode at batch 64."""
     found = []
-    for name in ("fa3", "flashmla", "flashinfer", "flashinfer_mla"):
-        for keys in (1024, 8192):
-            work, backend = _workload(name, _decode_shape(name, 64, keys))
-            host = time_host(lambda b=backend, w=work: b.init_forward_metadata(w.batch), DEVICE)
-            found.append({"what": "metadata", "backend": name, "batch": 64, "keys": keys, "host_us": host})
+    for keys in (1024, 8192):
+        work, backend = _workload(name, _decode_shape(name, 64, keys))
+        host = time_host(lambda b=backend, w=work: b.init_forward_metadata(w.batch), DEVICE)
+        found.append({"what": "metadata", "backend": name, "batch": 64, "keys": keys, "host_us": host})
     return found
 
 
-def memory() -> list[dict[str, Any]]:
+def memory(name: str) -> list[dict[str, Any]]:
     """Bytes that 256 requests of 128k tokens take in graph state, by the allocator, with one captured batch size."""
-    found = []
-    for name in ("fa3", "flashmla", "flashinfer", "flashinfer_mla"):
-        work, backend = _workload(name, _decode_shape(name, 256, 64))
-        backend.config = backend.config.replace(max_context_len=131072)
-        backend.init_forward_metadata(work.batch)
+    work, backend = _workload(name, _decode_shape(name, 256, 64))
+    backend.config = backend.config.replace(max_context_len=131072)
+    backend.init_forward_metadata(work.batch)
+    backend.forward(work.q, None, None, work.layer, work.batch, save_kv_cache=False)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    backend.init_cuda_graph_state(256, 256)
+    state = torch.cuda.memory_allocated() - before
+    backend.init_forward_metadata_capture_cuda_graph(work.batch)
+    graph = torch.cuda.CUDAGraph()
+    reserved = torch.cuda.memory_reserved()
+    with torch.cuda.graph(graph):
         backend.forward(work.q, None, None, work.layer, work.batch, save_kv_cache=False)
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        backend.init_cuda_graph_state(256, 256)
-        state = torch.cuda.memory_allocated() - before
-        backend.init_forward_metadata_capture_cuda_graph(work.batch)
-        graph = torch.cuda.CUDAGraph()
-        reserved = torch.cuda.memory_reserved()
-        with torch.cuda.graph(graph):
-            backend.forward(work.q, None, None, work.layer, work.batch, save_kv_cache=False)
-        found.append(
-            {
-                "what": "graph memory",
-                "backend": name,
-                "state_mib": state / 2**20,
-                "state_and_captured_mib": (torch.cuda.memory_allocated() - before) / 2**20,
-                "graph_pool_mib": (torch.cuda.memory_reserved() - reserved) / 2**20,
-            }
-        )
-        del graph
-    return found
+    return [
+        {
+            "what": "graph memory",
+            "backend": name,
+            "state_mib": state / 2**20,
+            "state_and_captured_mib": (torch.cuda.memory_allocated() - before) / 2**20,
+            "graph_pool_mib": (torch.cuda.memory_reserved() - reserved) / 2**20,
+        }
+    ]
 
 
 def expansion() -> list[dict[str, Any]]:

@@ -12,7 +12,15 @@ from attn_core.testing.run import Result
 from attn_core.testing.runner import verify
 
 
-def run_verify(name: str, tier: str, out: Path, workers: int, select: str = "", max_cases: int | None = None) -> Report:
+def run_verify(
+    name: str,
+    tier: str,
+    out: Path,
+    workers: int,
+    select: str = "",
+    max_cases: int | None = None,
+    max_seconds: float | None = None,
+) -> Report:
     """Verify ``name``; counts and failures go to ``out``/verify-NAME-TIER.json, evidence to ``out``/evidence."""
     begun = time.monotonic()
     failures: list[dict[str, object]] = []
@@ -29,8 +37,8 @@ def run_verify(name: str, tier: str, out: Path, workers: int, select: str = "", 
 
     whole = not select and max_cases is None
     report = verify(
-        name, tier, "cuda", workers=workers, select=select, max_cases=max_cases, progress=progress,
-        evidence_dir=out / "evidence" if whole else None,
+        name, tier, "cuda", workers=workers, select=select, max_cases=max_cases, max_seconds=max_seconds,
+        progress=progress, evidence_dir=out / "evidence" if whole else None,
     )  # fmt: skip
     counts = Counter(result.status for result in report.results)
     notes = Counter(result.note for result in report.results if result.status == "not_run")
@@ -39,6 +47,7 @@ def run_verify(name: str, tier: str, out: Path, workers: int, select: str = "", 
         "backend": name,
         "tier": tier,
         "counts": counts,
+        "done": {part: list(done) for part, done in report.done.items()},
         "not_run": notes,
         "seconds": time.monotonic() - begun,
         "slowest": [(r.case.id, r.seconds) for r in slow],
