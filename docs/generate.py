@@ -21,6 +21,7 @@ from typing import Any, Final
 
 import click
 from attn_core import errors
+from attn_core.bench.results import Results
 from attn_core.cli import COMMANDS
 from attn_core.cli.group import attn
 from attn_core.cli.matrix import workspace_distributions
@@ -32,6 +33,7 @@ from attn_core.runtime import backend, batch, kv_cache, layer
 DOCS: Final = Path(__file__).parent
 ROOT: Final = DOCS.parent
 OUTPUT: Final = re.compile(r"(<!-- output of: (attn .*?) -->).*?(<!-- end of output -->)", re.DOTALL)
+FIGURES: Final = re.compile(r"(<!-- figures of: (\S+\.json): (.*?) -->).*?(<!-- end of figures -->)", re.DOTALL)
 NOTICE: Final = "<!-- made from the code by docs/generate.py; do not edit -->\n"
 
 #: What each key of a manifest says. A key that is not described here, or described and gone, stops the generator.
@@ -257,6 +259,30 @@ def with_outputs(text: str) -> str:
     return OUTPUT.sub(lambda found: f"{found[1]}\n\n```\n$ {found[2]}\n{_printed(found[2])}\n```\n\n{found[3]}", text)
 
 
+def with_figures(text: str) -> str:
+    """``text`` with a table after each ``<!-- figures of: FILE: SHAPE; ... -->``, up to its end.
+
+    FILE is a benchmark's result; shapes are named by how they begin. The first row of a shape is what the others are
+    compared with.
+    """
+    return FIGURES.sub(lambda found: f"{found[1]}\n\n{_figures(found[2], found[3].split('; '))}\n{found[4]}", text)
+
+
+def _figures(path: str, wanted: list[str]) -> str:
+    results = Results.load(ROOT / path)
+    rows = [row for shape in wanted for row in results.rows if row.shape.startswith(shape)]
+    first = {row.shape: row.ms for row in reversed(rows)}
+    missing = [shape for shape in wanted if not any(row.shape.startswith(shape) for row in rows)]
+    if missing:
+        raise SystemExit(f"{path} has no {', '.join(missing)}")
+    versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
+    lines = _table(
+        ("shape", "what", "ms", "of the first"),
+        [(row.shape, f"`{row.impl}`", f"{row.ms:.2f}", f"{row.ms / first[row.shape]:.2f}") for row in rows],
+    )
+    return "\n".join([f"{results.device}, {results.date}, {versions}: [{Path(path).name}](../{path})\n", *lines])
+
+
 def _printed(command: str) -> str:
     """What ``attn ...`` prints with the plugins of this workspace, on a machine without an accelerator."""
     name, *arguments = shlex.split(command)
@@ -287,8 +313,8 @@ def _pages() -> Iterator[tuple[Path, str]]:
         yield DOCS / name, NOTICE + "\n".join(page()).rstrip() + "\n"
     for path in (ROOT / "README.md", *sorted(DOCS.glob("*.md"))):
         text = path.read_text(encoding="utf-8")
-        if OUTPUT.search(text):
-            yield path, with_outputs(text)
+        if OUTPUT.search(text) or FIGURES.search(text):
+            yield path, with_figures(with_outputs(text))
 
 
 def main() -> int:

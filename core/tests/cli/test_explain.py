@@ -86,6 +86,17 @@ def test_speculation_plans_its_phases_too(site: Site) -> None:
     assert refused.code == 3
 
 
+def test_an_engine_that_runs_the_towers_plans_without_them(site: Site) -> None:
+    site.plugin("good", manifest=MANIFEST.replace('"sliding_window"', '"sliding_window", "bidirectional_spans"'))
+    arguments = ("explain", "gemma-3-27b", "--json", "--attention-backend", "good")
+    refused = site.attn(*arguments)
+    assert refused.code == 3
+    assert "ragged (layer kind 2)" in refused.err
+    alone = site.attn(*arguments, "--without-towers")
+    assert alone.code == 0
+    assert len(alone.json["layers"]) == 2
+
+
 def test_a_model_folder_and_a_config_file(site: Site, tmp_path: Path) -> None:
     folder = tmp_path / "my-model"
     folder.mkdir()

@@ -31,6 +31,7 @@ from attn_core.cli.params import (
     "--speculative-eagle-topk", type=int, default=1, metavar="K", help="Branches of the draft tree; 1 is a chain."
 )
 @click.option("--cuda-graph", is_flag=True, help="Decode and verify are replayed as graphs.")
+@click.option("--without-towers", is_flag=True, help="Without encoders (ragged layers), for engines that run them.")
 @click.option("--fallback", type=click.Choice(["warn", "error", "allow"]), default="warn", help=FALLBACK_HELP)
 @click.option("--json", "as_json", is_flag=True, help="As JSON, schema attn/plan.")
 def command(
@@ -40,6 +41,7 @@ def command(
     prefill_attention_backend: str | None,
     decode_attention_backend: str | None,
     fallback: Any,
+    without_towers: bool,
     as_json: bool,
     **serving: Any,
 ) -> None:
@@ -52,6 +54,7 @@ def command(
     from attn_core.planning.system import detect
 
     config = config_for(model, **{name: value for name, value in serving.items() if value is not None})
+    config = config.without_towers() if without_towers else config
     backends = chosen_backends(attention_backend, prefill_attention_backend, decode_attention_backend)
     made = plan(config, backends, system=detect(system), fallback=fallback)
     if as_json:
