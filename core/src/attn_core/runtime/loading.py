@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from attn_core.errors import AttnError, PluginLoadError, ProtocolError
 from attn_core.planning.discovery import BackendRef
@@ -17,9 +18,16 @@ from attn_core.runtime.backend import AttentionBackend
 
 Made = TypeVar("Made")
 
+#: How long a plugin may take before the user is told what it is that they are waiting for.
+PATIENCE_SECONDS: Final = 10.0
+
 
 class PluginOutputWarning(UserWarning):
     """A plugin printed to stdout while it was loaded; what it printed went to stderr."""
+
+
+class SlowPluginWarning(UserWarning):
+    """A plugin takes long to load. It is not ended, since libraries that compile when they load take minutes."""
 
 
 def load_backend(ref: BackendRef) -> type[AttentionBackend]:
@@ -50,10 +58,10 @@ def load_backend(ref: BackendRef) -> type[AttentionBackend]:
 def call_plugin(ref: BackendRef, what: str, call: Callable[[], Made]) -> Made:
     """``call()``, with the plugin's faults made typed: exceptions and exits become PluginLoadError, AttnErrors pass.
 
-    What it prints goes to stderr, since stdout is data; it is warned of once.
+    What it prints goes to stderr, since stdout is data; it is warned of once, and so is a call that does not come back.
     """
     try:
-        with _stdout_kept_clean(ref, what):
+        with _stdout_kept_clean(ref, what), _not_in_silence(ref, what):
             return call()
     except AttnError:
         raise
@@ -90,6 +98,27 @@ def _stdout_kept_clean(ref: BackendRef, what: str) -> Iterator[None]:
                 PluginOutputWarning,
                 stacklevel=4,
             )
+
+
+@contextlib.contextmanager
+def _not_in_silence(ref: BackendRef, what: str) -> Iterator[None]:
+    """Within this context somebody who waits too long is told for what."""
+    timer = threading.Timer(PATIENCE_SECONDS, _say_what_takes_long, (ref, what))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _say_what_takes_long(ref: BackendRef, what: str) -> None:
+    warnings.warn(
+        f"backend {ref.listed!r} ({ref.dist} {ref.version}): {what} has taken {PATIENCE_SECONDS:g} s so far;"
+        f" Ctrl-C ends it, attn doctor loads it with a time limit, ATTN_DISABLE={ref.dist} leaves it out",
+        SlowPluginWarning,
+        stacklevel=1,
+    )
 
 
 def _root_cause(error: BaseException) -> BaseException:
