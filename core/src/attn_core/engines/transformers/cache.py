@@ -194,20 +194,25 @@ class PagedCache(Cache):
         requests = self._requests
         batch_size, length = query.shape[0], query.shape[2]
         valid = requests.columns_after(batch_size, length, None if mask is None else mask.valid)
-        packing = Packing(batch_size, length, None if bool(valid.all()) else valid, query.device)
-        seq_lens = valid.sum(1).tolist()
+        packing = Packing(batch_size, length, valid, query.device)
+        before = requests.seq_lens()
+        seq_lens = [n + new for n, new in zip(before, packing.lens, strict=True)]
         requests.reserve(seq_lens, packing.lens)
-        batch = ForwardBatch.build(
-            self._mode(packing.lens, seq_lens),
-            query_lens=packing.lens,
-            seq_lens=seq_lens,
-            pages=requests.pages,
-            page_size=requests.page_size,
-            device=query.device,
-            spans=spans,
-        )
+        mode = self._mode(packing.lens, before)
+        if mode is ForwardMode.DECODE and spans is None:
+            batch = requests.decode_batch(seq_lens, query.device)
+        else:
+            batch = ForwardBatch.build(
+                mode,
+                query_lens=packing.lens,
+                seq_lens=seq_lens,
+                pages=requests.pages,
+                page_size=requests.page_size,
+                device=query.device,
+                spans=spans,
+            )
         self.backend.init_forward_metadata(batch)
-        requests.valid = valid
+        requests.append(length, valid)
         self._encoder.begin()
         return PagedStep(self.planned, self.backend, batch), packing
 
@@ -217,12 +222,12 @@ class PagedCache(Cache):
         step, packing = self._step
         return self._encoder.batch(step, packing, mask)
 
-    def _mode(self, query_lens: list[int], seq_lens: list[int]) -> ForwardMode:
-        longest, before = max(query_lens), min(s - q for s, q in zip(seq_lens, query_lens, strict=True))
-        if longest == min(query_lens) == 1:
+    def _mode(self, query_lens: list[int], before: list[int]) -> ForwardMode:
+        longest, shortest = max(query_lens), min(query_lens)
+        if longest == shortest == 1:
             return ForwardMode.DECODE
-        chain = before > 0 and min(query_lens) == longest
-        return ForwardMode.TARGET_VERIFY if chain and longest <= self._draft_tokens else ForwardMode.EXTEND
+        chain = min(before) > 0 and shortest == longest <= self._draft_tokens
+        return ForwardMode.TARGET_VERIFY if chain else ForwardMode.EXTEND
 
     def _copy_page(self, page: int, to: int) -> None:
         for layer_id in self.kv_cache.layer_ids:

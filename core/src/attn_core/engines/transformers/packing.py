@@ -42,7 +42,7 @@ class Packing:
 
     def pack(self, states: Tensor) -> Tensor:
         """[B, H, Q, D] -> [T, H, D]."""
-        rows = states.transpose(1, 2).flatten(0, 1)
+        rows = states[:, :, 0] if self.length == 1 else states.transpose(1, 2).flatten(0, 1)
         return rows.contiguous() if self._rows is None else rows[self._rows]
 
     def unpack(self, rows: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attn_core.errors import BatchError, CacheFullError
+from attn_core.runtime.batch import ForwardBatch, ForwardMode, page_table_of
 from attn_core.runtime.kv_cache import PageAllocator
 
 
@@ -21,40 +22,72 @@ class RequestPages:
     def __init__(self, num_pages: int, page_size: int, copy: Callable[[int, int], None]) -> None:
         self.page_size = page_size
         self.pages: list[list[int]] = []
-        #: [B, columns] bool on the host
-        self.valid = torch.zeros(0, 0, dtype=torch.bool)
+        #: columns so far, padding among them
+        self.columns = 0
+        #: [B, columns] bool on the host; None where every column is a token, which costs least
+        self.valid: Tensor | None = None
         self.allocator = PageAllocator(num_pages)
         self._copy = copy
-
-    @property
-    def columns(self) -> int:
-        """Columns so far, padding among them."""
-        return self.valid.shape[1]
+        self._table: Tensor | None = None
+        self._starts: Tensor | None = None
 
     @property
     def in_use(self) -> int:
         """Pages that requests hold, a shared one counted once."""
         return self.allocator.num_pages - 1 - self.allocator.num_free
 
-    def columns_after(self, batch_size: int, length: int, given: Tensor | None) -> Tensor:
-        """[B, columns] after ``length`` more columns; ``given`` None says that every column is a token.
+    def columns_after(self, batch_size: int, length: int, given: Tensor | None) -> Tensor | None:
+        """[B, columns] after ``length`` more columns; None, here and in ``given``: every column is a token.
 
         Raises BatchError where it contradicts the columns that are cached.
         """
         if not self.columns:
             self.pages = self.pages or [[] for _ in range(batch_size)]
-            self.valid = torch.zeros(batch_size, 0, dtype=torch.bool)
-        total = self.columns + length
         if batch_size != len(self.pages):
             raise BatchError(f"{batch_size} requests over a cache of {len(self.pages)}", accepted="the same requests")
+        if given is None and self.valid is None:
+            return None
+        total = self.columns + length
+        before = torch.ones(batch_size, self.columns, dtype=torch.bool) if self.valid is None else self.valid
         valid = torch.ones(batch_size, total, dtype=torch.bool) if given is None else given
-        if valid.shape != (batch_size, total) or not torch.equal(valid[:, : self.columns], self.valid):
+        if valid.shape != (batch_size, total) or not torch.equal(valid[:, : self.columns], before):
             raise BatchError(
                 f"a mask of columns {tuple(valid.shape)} over {self.columns} cached and {length} new columns"
                 " that differs from what was cached",
                 accepted="the mask of the steps before, and the new columns after it",
             )
-        return valid
+        return None if bool(valid.all()) else valid
+
+    def seq_lens(self) -> list[int]:
+        """The tokens of each request."""
+        return [self.columns] * len(self.pages) if self.valid is None else self.valid.sum(1).tolist()
+
+    def append(self, length: int, valid: Tensor | None) -> None:
+        """``length`` columns more, with ``valid`` as columns_after gave it."""
+        self.columns += length
+        self.valid = valid
+
+    def decode_batch(self, seq_lens: Sequence[int], device: torch.device) -> ForwardBatch:
+        """What ``ForwardBatch.build`` gives for one more token a request, of tables that are kept between steps."""
+        if self._table is None:
+            self._table = page_table_of(self.pages, device)
+        count = len(seq_lens)
+        if self._starts is None or self._starts.shape[0] != count + 1:
+            self._starts = torch.arange(count + 1, dtype=torch.int32)
+        size = self.page_size
+        slots = [row[(n - 1) // size] * size + (n - 1) % size for row, n in zip(self.pages, seq_lens, strict=True)]
+        lens = torch.tensor(seq_lens, dtype=torch.int32)
+        return ForwardBatch(
+            mode=ForwardMode.DECODE,
+            seq_lens=lens.to(device),
+            query_start_loc=self._starts.to(device),
+            page_table=self._table,
+            slot_mapping=torch.tensor(slots, dtype=torch.int64).to(device),
+            max_query_len=1,
+            max_seq_len=max(seq_lens),
+            seq_lens_cpu=lens,
+            query_start_loc_cpu=self._starts,
+        )
 
     def reserve(self, seq_lens: Sequence[int], query_lens: Sequence[int]) -> None:
         """Pages for the new tokens of every request. Raises CacheFullError for more than there are."""
@@ -63,9 +96,11 @@ class RequestPages:
             for i in range(first, len(pages) if new else first):
                 if self.allocator.references(pages[i]) > 1:
                     pages[i] = self._copied(pages[i])
+                    self._table = None
             missing = -(-seq_len // self.page_size) - len(pages)
             if missing > 0:
                 pages += self.take(missing)
+                self._table = None
 
     def take(self, count: int) -> list[int]:
         """``count`` pages. Raises CacheFullError."""
@@ -86,8 +121,10 @@ class RequestPages:
 
     def crop(self, count: int) -> None:
         """Forget the last ``count`` columns."""
-        self.valid = self.valid[:, : self.columns - count]
-        for pages, seq_len in zip(self.pages, self.valid.sum(1).tolist(), strict=True):
+        self.columns -= count
+        self.valid = None if self.valid is None else self.valid[:, : self.columns]
+        self._table = None
+        for pages, seq_len in zip(self.pages, self.seq_lens(), strict=True):
             keep = -(-seq_len // self.page_size)
             self.allocator.release(pages[keep:])
             del pages[keep:]
@@ -95,14 +132,14 @@ class RequestPages:
     def select(self, chosen: Sequence[int]) -> None:
         """Keep the requests ``chosen``, in this order; one may be named twice."""
         self.pages = reordered(self.allocator, self.pages, chosen)
-        self.valid = self.valid[list(chosen)]
+        self.valid = None if self.valid is None else self.valid[list(chosen)]
+        self._table = None
 
     def reset(self) -> None:
         """Give everything back."""
         for pages in self.pages:
             self.allocator.release(pages)
-        self.pages = []
-        self.valid = torch.zeros(0, 0, dtype=torch.bool)
+        self.pages, self.columns, self.valid, self._table = [], 0, None, None
 
     def move(self, num_pages: int, others: Sequence[list[int]]) -> dict[int, int]:
         """Into a pool of ``num_pages``: the new id of every page in use; ``others`` are held beside the requests'."""
@@ -116,6 +153,7 @@ class RequestPages:
                     (moved[page],) = allocator.allocate(1)
                 pages[i] = moved[page]
         self.allocator = allocator
+        self._table = None
         return moved
 
 
