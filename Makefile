@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/attn-*/pyproject.toml))
 DISTS   := core $(PLUGINS)
 
-#: targets that test a plugin in an environment of its own; a make.mk adds to it, and `make test` runs them all
+#: targets that test a plugin or an engine in an environment of its own; a make.mk adds to it, and `make test` runs them all
 PLUGIN_TESTS :=
 #: test folders that only such a target runs, since what they import is in no other environment
 OWN_TESTS :=
@@ -26,7 +26,7 @@ help:
 	@echo "make test    set up .venv, then lint, check generated files, and run the tests of every distribution"
 	@echo "make setup | lint | format | pytest | bench | wheels | docs | check-docs | clean"
 
--include $(wildcard plugins/*/make.mk)
+-include $(wildcard plugins/*/make.mk core/tests/engines/*/make.mk)
 
 # --- set-up: three stamps, so that a second run does nothing and a changed pyproject redoes only what it must
 
@@ -64,7 +64,7 @@ test: setup lint check-docs $(PLUGIN_TESTS) pytest
 
 pytest: setup $(PLUGIN_SETUP)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --cov --cov-report=term:skip-covered \
-		core/tests $(filter-out $(OWN_TESTS),$(wildcard plugins/*/tests)) tests
+		core/tests $(filter-out $(OWN_TESTS),$(wildcard plugins/*/tests)) tests $(addprefix --ignore=,$(OWN_TESTS))
 
 # --- checks
 
