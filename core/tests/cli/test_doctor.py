@@ -136,6 +136,24 @@ def test_a_plugin_that_hangs_is_ended_with_what_it_started(site: Site, tmp_path:
     assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
+def test_an_extension_of_torch_that_does_not_load_is_named_and_nobody_else_is_blamed(site: Site) -> None:
+    """torch loads what calls itself its backend, and fails with it: a vendor's build without its driver, say."""
+    (site.folder / "vendor_ext.py").write_text("raise ImportError('libvendor.so: cannot open shared object file')")
+    info = site.folder / "vendor_ext-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vendor-ext\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[torch.backends]\nvendor_ext = vendor_ext:autoload\n")
+    site.plugin("good")
+    found = checks(site.attn("doctor", "--json", timeout=120))
+    assert found["torch"]["status"] == "fail"
+    assert "vendor_ext" in found["torch"]["detail"]
+    assert "libvendor.so" in found["torch"]["detail"]
+    assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in found["torch"]["hint"]
+    for name in ("good", "torch_native"):
+        assert "torch does not load" in found[name]["detail"]
+        assert "report it" not in (found[name]["hint"] or "")
+
+
 def test_what_is_preferred_on_a_machine_and_not_installed_is_advice() -> None:
     (advice,) = checkup.advice(Installed(), System.parse("npu:ascend910b"))
     assert advice.detail.endswith("is preferred on npu:ascend910b, and not installed")

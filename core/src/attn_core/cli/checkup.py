@@ -31,8 +31,6 @@ _DRIVERS: Final = (
     ("NVIDIA driver", "/proc/driver/nvidia/version", r"\s(\d+\.\d+(?:\.\d+)?)\s"),
     ("AMD driver", "/sys/module/amdgpu/version", r"(\S+)"),
     ("ROCm", "/opt/rocm/.info/version", r"(\S+)"),
-    ("Ascend driver", "/usr/local/Ascend/driver/version.info", r"(?i)^version=(\S+)"),
-    ("CANN", "/usr/local/Ascend/ascend-toolkit/latest/version.cfg", r"\[([\d.]+[^\]:]*)"),
 )
 
 
@@ -72,16 +70,23 @@ def torch_check(system: System, timeout: float) -> DoctorCheck:
     """Whether torch loads, and drives the device that the system is."""
     outcome = run_isolated("torch", timeout=timeout)
     problem = _problem(outcome)
+    extension = _failing_extension(outcome)
+    if extension:
+        return DoctorCheck(
+            "torch",
+            "fail",
+            f"`import torch` loads the extension {extension} by itself, and that fails: {problem}",
+            f"give {extension} what it lacks, or uninstall it; TORCH_DEVICE_BACKEND_AUTOLOAD=0 leaves extensions out",
+        )
     if outcome.report is None or problem:
         return DoctorCheck("torch", "fail", problem or "", "pip install --force-reinstall torch")
     report = outcome.report
     built = f"CUDA {report['cuda']}" if report["cuda"] else f"ROCm {report['hip']}" if report["hip"] else "the CPU"
     devices = ", ".join(report["devices"]) or "cpu"
     detail = f"{report['version']} built for {built}, loads in {outcome.seconds:.1f} s; devices: {devices}"
-    if system.device in ("cuda", "rocm") and not system.forced and not report["devices"]:
-        return DoctorCheck(
-            "torch", "fail", f"{detail}; it does not see the {system}", "install the torch build for this driver"
-        )
+    if system.device in ("cuda", "rocm", "npu") and not system.forced and not report["devices"]:
+        hint = "install the build of torch, or of its extension, for this driver"
+        return DoctorCheck("torch", "fail", f"{detail}; it does not see the {system}", hint)
     return DoctorCheck("torch", "ok", detail)
 
 
@@ -106,6 +111,10 @@ def _plugin_check(ref: BackendRef, system: System, timeout: float) -> DoctorChec
     absent = next((r for r in reasons if r.code in ("missing_dist", "dist_version")), None)
     outcome = run_isolated("backend", ref.object, timeout=timeout)
     problem = _problem(outcome)
+    if _failing_extension(outcome):
+        return DoctorCheck(
+            ref.listed, "fail", f"{who}: not loaded, since torch does not load", "see the check of torch"
+        )
     if problem is None:
         return _loaded_check(ref, who, outcome, "; ".join(in_words(each.to_json()) for each in reasons))
     if absent is not None:
@@ -145,6 +154,11 @@ def _loaded_check(ref: BackendRef, who: str, outcome: Outcome, unusable: str) ->
         )
     but = f"; cannot run here: {unusable}" if unusable else ""
     return DoctorCheck(ref.listed, "ok", f"{who}: loads in {report['seconds']:.1f} s{but}")
+
+
+def _failing_extension(outcome: Outcome) -> str | None:
+    """The extension of torch without which torch does not load, if that was the problem."""
+    return None if outcome.report is None else outcome.report.get("extension")
 
 
 def _problem(outcome: Outcome) -> str | None:

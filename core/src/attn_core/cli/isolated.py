@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -93,12 +94,18 @@ def _load_backend(object_: str) -> dict[str, Any]:
 def _describe_torch(_: str) -> dict[str, Any]:
     import torch
 
-    cuda = torch.cuda.is_available()
+    # a vendor's extension adds its own beside torch.cuda
+    libraries = [library for name in ("cuda", "npu", "xpu") if (library := getattr(torch, name, None)) is not None]
     return {
         "version": torch.__version__,
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
-        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
+        "devices": [
+            library.get_device_name(i)
+            for library in libraries
+            if library.is_available()
+            for i in range(library.device_count())
+        ],
         "threads": torch.get_num_threads(),
     }
 
@@ -125,16 +132,22 @@ TASKS: Final[dict[str, Callable[[str], dict[str, Any]]]] = {
 }
 
 
+def _extension(chain: list[BaseException]) -> str | None:
+    """The extension with which ``import torch`` fails: torch loads each entry point of the group torch.backends."""
+    found = (re.search(r"Failed to load the backend extension: ([\w.-]+\w)", str(error)) for error in chain)
+    return next((match[1] for match in found if match is not None), None)
+
+
 def _child(report: str, task: str, argument: str) -> None:
     try:
         found = TASKS[task](argument)
     except SystemExit as error:
         found = {"error": "SystemExit", "message": f"called sys.exit({error.code!r})"}
     except BaseException as error:
-        cause = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        found = {"error": type(cause).__name__, "message": str(cause)}
+        chain = [error]
+        while chain[-1].__cause__ is not None:
+            chain.append(chain[-1].__cause__)
+        found = {"error": type(chain[-1]).__name__, "message": str(chain[-1]), "extension": _extension(chain)}
     with open(report, "w", encoding="utf-8") as stream:
         json.dump(found, stream)
 
