@@ -35,7 +35,7 @@ class Operators:
 
     fused: the newest fused infer attention operator (2 from op-plugin 7.2, 1 since 6.0), 0 where there is none.
     paged, paged_latent, write, write_latent: ATB's operators, which need the NNAL package.
-    scatter: aclnn's cache write.
+    scatter: aclnn's cache write, where it can be told that the cache is ND (since torch-npu 2.10).
     """
 
     fused: int
@@ -54,7 +54,7 @@ class Operators:
             paged_latent=_has("atb", "_npu_paged_attention_mla"),
             write=_has("atb", "_npu_reshape_and_cache"),
             write_latent=_has("atb", "_npu_reshape_and_cache_siso"),
-            scatter=_has("npu", "npu_scatter_pa_kv_cache"),
+            scatter=_has("npu", "npu_scatter_pa_kv_cache", "cache_mode"),
         )
 
     @property
@@ -157,8 +157,12 @@ def soc_version() -> int:
     return int(import_torch_npu().npu.get_soc_version())
 
 
-def _has(namespace: str, name: str) -> bool:
-    return hasattr(getattr(torch.ops, namespace), name)
+def _has(namespace: str, name: str, parameter: str | None = None) -> bool:
+    """Whether there is an operator of that name, and whether it has ``parameter``."""
+    operator = getattr(getattr(torch.ops, namespace), name, None)
+    if operator is None or parameter is None:
+        return operator is not None
+    return any(argument.name == parameter for argument in operator.default._schema.arguments)
 
 
 def _call(namespace: str, name: str, *arguments: Any, overload: str = "default", **named: Any) -> Any:

@@ -25,6 +25,25 @@ def test_no_operator_is_found_where_torch_npu_is_not() -> None:
         assert Operators.here() == Operators(0, False, False, False, False, False)
 
 
+#: As the wheel of torch-npu 2.9.0 has it: for caches in NZ format alone.
+OLD_SCATTER = (
+    "npu_scatter_pa_kv_cache(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slot_mapping, *,"
+    " Tensor? compress_lens=None, Tensor? compress_seq_offsets=None, Tensor? seq_lens=None) -> ()"
+)
+
+
+@pytest.mark.parametrize(("schema", "usable"), [
+    (OLD_SCATTER, False), (OLD_SCATTER.replace("seq_lens=None)", 'seq_lens=None, str? cache_mode="PA_NZ")'), True),
+])  # fmt: skip
+def test_a_cache_write_that_cannot_be_told_the_format_is_not_used(
+    schema: str, usable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scatter = SimpleNamespace(default=SimpleNamespace(_schema=torch._C.parse_schema(schema)))
+    npu = SimpleNamespace(npu_scatter_pa_kv_cache=scatter)
+    monkeypatch.setattr(torch, "ops", SimpleNamespace(npu=npu, atb=SimpleNamespace()))
+    assert Operators.here().scatter is usable
+
+
 @pytest.mark.usefixtures("emulated")
 def test_the_newest_operators_are_taken_where_all_are_here() -> None:
     assert load("cpu") == Operators(2, True, True, True, True, True)
