@@ -24,6 +24,10 @@ def quantize(q: Tensor, num_kv_heads: int, batch_size: int, query_start_loc: Ten
 
     q [T, Hq, D]; query_start_loc [B + 1] int32, or None if all requests have T / B tokens. The device is not read.
     """
+    if q.is_cuda:
+        from attn_fa3.kernels.quantize import launch_quantize
+
+        return Quantized(*launch_quantize(q, num_kv_heads, batch_size, query_start_loc))
     tokens, heads, width = q.shape
     rows = q.float().view(tokens, num_kv_heads, heads // num_kv_heads * width)
     largest = rows.abs().amax(-1)
