@@ -14,7 +14,7 @@ from torch import Tensor
 from attn_wave.joining import join
 from attn_wave.runtime import Kernel, chip_of, load
 from attn_wave.shipped import code_of
-from attn_wave.step import Part
+from attn_wave.step import Part, is_capturing
 from attn_wave.tables import query_rows, unit_strides
 from attn_wave.variant import WIDTHS, Variant
 from attn_wave.work import Heads, Work, work_of
@@ -38,17 +38,28 @@ class Keys:
 
 
 class Kernels:
-    """The loaded kernels of one device."""
+    """The loaded kernels of one device, and the factors that layers call them with."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._loaded: dict[Variant, Kernel] = {}
+        self._factors: dict[tuple[float, float], Tensor] = {}
 
     def get(self, variant: Variant) -> Kernel:
         """Loaded at its first use. Raises PluginLoadError, KernelError."""
         if variant not in self._loaded:
             self._loaded[variant] = load(code_of(variant, chip_of(self._device)))
         return self._loaded[variant]
+
+    def factors(self, layer: AttentionLayer) -> Tensor:
+        """[2] fp32: scale and soft cap. What is made while a graph is captured is the graph's, and made each time."""
+        wanted = layer.scale, layer.softcap
+        found = self._factors.get(wanted)
+        if found is None:
+            found = torch.stack([torch.full((), x, dtype=torch.float32, device=self._device) for x in wanted])
+            if not is_capturing():
+                self._factors[wanted] = found
+        return found
 
 
 def attend(
@@ -61,8 +72,8 @@ def attend(
     tokens, group = q.shape[0], layer.group_size
     heads = Heads(layer.num_kv_heads, group, unit_strides(q)[1] * group, keys.key_step, keys.value_step)
     variants = [_variant(q.dtype, layer, part, group) for part in parts]
-    form = (layer.cross, layer.sliding_window, heads, tuple(variants), unit_strides(q))
-    works: list[Work] = once(("work", form), lambda: _works(parts, variants, heads, tokens, q.device))
+    kind = (layer.cross, layer.sliding_window, group)
+    works: list[Work] = once(("work", kind, heads, tuple(variants)), lambda: _works(parts, variants, heads, q))
     runs = sum(work.runs for work in works)
     rows = layer.num_kv_heads * tokens * group
     if runs == 0 or rows == 0:
@@ -72,42 +83,40 @@ def attend(
     results = q.new_empty(runs * rows, layer.v_head_dim, dtype=torch.float32)
     lse = q.new_full((runs * rows,), float("-inf"), dtype=torch.float32)
     q_rows = once(("query rows", group, unit_strides(q)), lambda: query_rows(q, group))
-    factors = torch.tensor([layer.scale, layer.softcap], dtype=torch.float32).to(q.device)
     for i, (part, variant, work) in enumerate(zip(parts, variants, works, strict=True)):
         if not work.runs:
             continue
-        low, high = once(("sight", layer.cross, layer.sliding_window, group, i), partial(part.sight.rows, group))
+        low, high = once(("sight", kind, i), partial(part.sight.rows, group))
         tensors = {
             "q": q, "k": keys.k, "v": keys.v, "work": work.items, "query_rows": q_rows, "low": low, "high": high,
-            "key_rows": keys.key_rows, "value_rows": keys.value_rows, "factors": factors, "out": results, "lse": lse,
+            "key_rows": keys.key_rows, "value_rows": keys.value_rows, "factors": kernels.factors(layer),
+            "out": results, "lse": lse,
         }  # fmt: skip
         sizes = [work.items.shape[0], q_rows.shape[0], keys.key_rows.shape[0]]
         if part.visible is not None:
-            tensors["visible"] = once(
-                ("visible", layer.sliding_window, group), partial(part.visible.repeat_interleave, group, 0)
-            )
+            drafts = part.visible[:, None, :].expand(-1, group, -1)
+            tensors["visible"] = once(("visible", kind), drafts.contiguous)
             sizes.append(tensors["visible"].numel())
         kernels.get(variant).launch(tensors, sizes)
     return join(results, lse, (runs, layer.num_kv_heads, tokens, group))
 
 
-def _works(
-    parts: Sequence[Part], variants: Sequence[Variant], heads: Heads, tokens: int, device: torch.device
-) -> list[Work]:
+def _works(parts: Sequence[Part], variants: Sequence[Variant], heads: Heads, q: Tensor) -> list[Work]:
     """Work of every part, on the device; the results of one part lie behind those of the part before."""
     found: list[Work] = []
     for part, variant in zip(parts, variants, strict=True):
         drafts = 0 if part.visible is None else part.visible.shape[1]
         done = sum(work.runs for work in found)
-        work = work_of(part.reaches, heads, variant, tokens, done, drafts)
-        found.append(Work(work.items.to(device), work.runs, work.stride))
+        work = work_of(part.reach, heads, variant, q.shape[0], first_run=done, num_drafts=drafts)
+        found.append(Work(work.items.to(q.device), work.runs))
     return found
 
 
 def _variant(dtype: torch.dtype, layer: AttentionLayer, part: Part, group: int) -> Variant:
     """Wide workgroups where requests fill them; trees are small."""
     rows = WIDTHS[layer.qk_head_dim, layer.v_head_dim]
-    most = max((reach.queries for reach in part.reaches), default=0) * group
+    each = part.reach.each
+    most = (each if each is not None else int(part.reach.queries.max()) if len(part.reach.queries) else 0) * group
     wide = part.visible is None and most >= rows[-1]
     return Variant(
         layer.qk_head_dim,

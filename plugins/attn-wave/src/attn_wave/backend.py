@@ -17,12 +17,13 @@ from attn_core.runtime.layer import AttentionLayer
 from torch import Tensor
 
 from attn_wave.attending import Kernels, Keys, attend
+from attn_wave.graphs import GraphBuffers
 from attn_wave.joining import add_sink
 from attn_wave.limits import check_layer, needed_variants, refusals
 from attn_wave.runtime import chip_of
 from attn_wave.shipped import code_of
 from attn_wave.step import Step, given_part, parts_of, step_of
-from attn_wave.tables import check_pool, in_units, paged_rows, unit_strides
+from attn_wave.tables import check_pool, in_units, unit_strides
 
 Result = Tensor | tuple[Tensor, Tensor]
 
@@ -41,6 +42,7 @@ class WaveBackend(AttentionBackend):
                 check_pool(layer_id, "v", kv_cache.v_nhd(layer_id))
         self.kernels = Kernels(kv_cache.device)
         self._checked: set[tuple[int, bool]] = set()
+        self._graphs: GraphBuffers | None = None
 
     @classmethod
     def build_reasons(cls, config: AttentionConfig, phase: Phase) -> Sequence[Reason]:
@@ -54,7 +56,21 @@ class WaveBackend(AttentionBackend):
             code_of(variant, arch)
 
     def init_forward_metadata(self, batch: ForwardBatch) -> None:
-        batch.plan_state = None if batch.mode is ForwardMode.IDLE else step_of(batch, self.kv_cache)
+        batch.plan_state = None if batch.mode is ForwardMode.IDLE else step_of(batch, self.kv_cache.page_size)
+
+    def init_cuda_graph_state(self, max_batch_size: int, max_num_tokens: int) -> None:
+        """The buffers, and every kernel loaded: none may be while a graph is captured."""
+        cache, context = self.kv_cache, self.config.max_context_len
+        columns = cache.num_pages - 1 if context is None else -(-context // cache.page_size)
+        self._graphs = GraphBuffers(max_batch_size, max_num_tokens, max(1, columns), cache.device)
+        for variant in needed_variants(self.config):
+            self.kernels.get(variant)
+
+    def init_forward_metadata_capture_cuda_graph(self, batch: ForwardBatch) -> None:
+        batch.plan_state = self._buffers().capture(batch, self.kv_cache.page_size)
+
+    def init_forward_metadata_replay_cuda_graph(self, batch: ForwardBatch) -> None:
+        batch.plan_state = self._buffers().replay(batch)
 
     def forward_extend(
         self,
@@ -71,7 +87,7 @@ class WaveBackend(AttentionBackend):
         step: Step = batch.plan_state
         self._check(layer, q, batch.num_tokens, cached=True)
         if save_kv_cache:
-            self._save(k, v, layer, batch)
+            self._save(k, v, layer, step.batch)
         parts = step.once(("parts", layer.cross, layer.sliding_window), lambda: parts_of(step, layer))
         keys = self._paged_keys(step, layer)
         return _finish(attend(self.kernels, _readable(q), keys, layer, parts, step.once), layer, q, return_lse, out)
@@ -98,8 +114,7 @@ class WaveBackend(AttentionBackend):
         self._check(layer, q, q.shape[0], cached=False)
         if layer.sliding_window is not None and not causal:
             raise ConfigError("a window over keys that are not causal", accepted="causal=True with a window")
-        queries, keys = (torch.diff(t.cpu()).tolist() for t in (query_start_loc, key_start_loc))
-        part = given_part(queries, keys, causal, layer.sliding_window, q.device)
+        part = given_part(query_start_loc.cpu(), key_start_loc.cpu(), causal, layer.sliding_window, q.device)
         k, v = _readable(k), _readable(v)
         tokens = torch.arange(k.shape[0], device=k.device)
         rows = [(tokens * unit_strides(t)[0]).to(torch.int32) for t in (k, v)]
@@ -113,6 +128,11 @@ class WaveBackend(AttentionBackend):
         )
         return _finish(found, layer, q, return_lse, out)
 
+    def _buffers(self) -> GraphBuffers:
+        if self._graphs is None:
+            raise BatchError("a graph without its buffers", accepted="init_cuda_graph_state before any capture")
+        return self._graphs
+
     def _save(self, k: Tensor | None, v: Tensor | None, layer: AttentionLayer, batch: ForwardBatch) -> None:
         slots = batch.encoder_slot_mapping if layer.cross else batch.slot_mapping
         if k is not None and slots is not None:
@@ -123,12 +143,9 @@ class WaveBackend(AttentionBackend):
     def _paged_keys(self, step: Step, layer: AttentionLayer) -> Keys:
         """The layer's pools, and where the keys of the step lie in them; layers of like strides share the tables."""
         key, value = self.kv_cache.k_nhd(layer.layer_id), self.kv_cache.v_nhd(layer.layer_id, layer.v_head_dim)
-        pages, offsets = step.pages, step.offsets
-        if layer.cross:
-            assert step.encoder is not None, "parts_of has refused a cross layer without an encoder"
-            _, pages, offsets = step.encoder
+        places = step.places(layer.cross)
         rows = [
-            step.once(("rows", layer.cross, unit_strides(pool)[:2]), partial(paged_rows, pool, pages, offsets))
+            step.once(("rows", layer.cross, unit_strides(pool)[:2]), partial(places.rows, pool))
             for pool in (key, value)
         ]
         return Keys(key, value, rows[0], rows[1], unit_strides(key)[2], unit_strides(value)[2])

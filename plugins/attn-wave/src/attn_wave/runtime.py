@@ -22,6 +22,8 @@ NAMES: Final = (
     "q", "k", "v", "work", "query_rows", "low", "high", "key_rows", "value_rows", "visible", "factors", "out", "lse",
 )  # fmt: skip
 WRITTEN: Final = ("out", "lse")
+#: What is found through tables, with any strides; all else is read as it lies.
+STRIDED: Final = ("q", "k", "v")
 
 #: The emulator that is entered: a module like wave_runtime, which also must be lent the tensors themselves.
 emulated: Any = None
@@ -43,6 +45,7 @@ class Kernel:
         Tensors are passed by address: what is not contiguous is found through the tables.
         """
         given = {name: tensors[name] for name in NAMES if name in tensors}
+        assert all(t.is_contiguous() for name, t in given.items() if name not in STRIDED), "a table with strides"
         stream = 0 if self.runtime is emulated else torch.cuda.current_stream().cuda_stream
         workgroups = tensors["work"].shape[0]
         # LDS is in the code object; the size here would be added to it

@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 from attn_core.errors import ConfigError
-from attn_core.runtime.kv_cache import KVCache
 from torch import Tensor
 
 from attn_wave.variant import UNIT
 
 #: An interval that every position lies in.
 NO_BOUND: Final = 2**31 - 1
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Positions:
-    """The tokens of a step, [T] each: the request they are of, and the position they stand at."""
-
-    request: Tensor
-    position: Tensor
-
-    @classmethod
-    def of(cls, queries: Sequence[int], keys: Sequence[int], device: torch.device) -> Positions:
-        """The last ``queries[b]`` of ``keys[b]`` positions. Made on the host: nothing waits for the device."""
-        counts = torch.tensor(queries)
-        request = torch.repeat_interleave(torch.arange(len(queries)), counts)
-        first = torch.tensor(keys) - counts
-        within = torch.arange(len(request)) - (counts.cumsum(0) - counts)[request]
-        return cls(request.to(device), (first[request] + within).to(device))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,7 +25,8 @@ class Sight:
     def rows(self, group: int) -> tuple[Tensor, Tensor]:
         """The same for each query row [T * G] int32."""
         low, high = (
-            t.clamp(0, NO_BOUND).to(torch.int32).repeat_interleave(group).contiguous() for t in (self.low, self.high)
+            t.clamp(0, NO_BOUND).to(torch.int32)[:, None].expand(-1, group).contiguous().flatten()
+            for t in (self.low, self.high)
         )
         return low, high
 
@@ -57,6 +39,46 @@ def causal_sight(positions: Tensor, window: int | None, spans: Tensor | None = N
         high = torch.maximum(high, torch.where(inside, spans[..., 1], 0).amax(1))
     low = torch.zeros_like(positions) if window is None else positions - window + 1
     return Sight(low, high)
+
+
+def everything(like: Tensor) -> Sight:
+    """Every position, for as many tokens as ``like`` has."""
+    return Sight(torch.zeros_like(like), torch.full_like(like, NO_BOUND))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KeyPlaces:
+    """The page and the place in it of every key, as they broadcast, and where each request's position 0 is among them.
+
+    ``first`` [B] lies where the work is planned. ``most``: keys that a request can have in a captured step.
+    """
+
+    pages: Tensor
+    offsets: Tensor
+    first: Tensor
+    most: int = 0
+
+    @classmethod
+    def of(cls, page_table: Tensor, lengths: Tensor, planned: Tensor, page_size: int) -> KeyPlaces:
+        """The first ``lengths[b]`` keys of each request, request after request; ``planned`` is their host copy."""
+        device, total = page_table.device, int(planned.sum())
+        request = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=total)
+        position = torch.arange(total, device=device) - (lengths.cumsum(0) - lengths)[request]
+        pages = page_table[request, position.div(page_size, rounding_mode="floor")].long()
+        return cls(pages, position % page_size, planned.cumsum(0) - planned)
+
+    @classmethod
+    def whole(cls, page_table: Tensor, page_size: int) -> KeyPlaces:
+        """Everything that ``page_table`` [B, columns] has room for: a shape that no length changes."""
+        requests, columns = page_table.shape
+        device = page_table.device
+        first = torch.arange(requests, device=device) * (columns * page_size)
+        return cls(page_table[:, :, None].long(), torch.arange(page_size, device=device), first, columns * page_size)
+
+    def rows(self, pool: Tensor) -> Tensor:
+        """[S] int32: where the rows of the first head begin in pool [pages, page_size, Hkv, D], in units."""
+        page, token, _ = unit_strides(pool)
+        return (self.pages * page + self.offsets * token).to(torch.int32).flatten()
 
 
 def in_units(tensor: Tensor) -> bool:
@@ -87,20 +109,3 @@ def query_rows(q: Tensor, group: int) -> Tensor:
     token, head = unit_strides(q)
     rows = torch.arange(q.shape[0], device=q.device)[:, None] * token + torch.arange(group, device=q.device) * head
     return rows.flatten().to(torch.int32)
-
-
-def paged_rows(pool: Tensor, pages: Tensor, offsets: Tensor) -> Tensor:
-    """[S] int32: where the rows of the first head begin in pool [pages, page_size, Hkv, D]."""
-    page, token, _ = unit_strides(pool)
-    return (pages * page + offsets * token).to(torch.int32)
-
-
-def page_of_keys(
-    cache: KVCache, page_table: Tensor, lengths: Sequence[int], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """(page, offset) of the first ``lengths[b]`` keys of each request, one after the other: the table, expanded."""
-    request = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64))
-    ends = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
-    position = torch.arange(len(request)) - (ends - torch.tensor(lengths, dtype=torch.int64))[request]
-    request, position = request.to(device), position.to(device)
-    return page_table[request, position // cache.page_size].long(), position % cache.page_size
