@@ -30,14 +30,18 @@ _EXPAND: dict[torch.device, Any] = {}
 
 def launch_expand(page_table: Tensor, indptr: Tensor, indices: Tensor, longest: int) -> None:
     """See `page_indices.expand`. After the first launch past Triton's dispatch, which costs more than the kernel."""
+    row_stride, column_stride = page_table.stride()
+    if column_stride != 1:
+        page_table = page_table.contiguous()
+        row_stride = page_table.stride(0)
     grid = (page_table.shape[0], -(-longest // _TILE), 1)
     kernel = _EXPAND.get(page_table.device)
     if kernel is None:
-        launched = _expand[grid](page_table, indptr, indices, page_table.stride(0), TILE=_TILE, num_warps=4)
+        launched = _expand[grid](page_table, indptr, indices, row_stride, TILE=_TILE, num_warps=4)
         if launched is not None:  # Triton's interpreter compiles nothing
             _EXPAND[page_table.device] = launched
         return
-    kernel[grid](page_table, indptr, indices, page_table.stride(0), _TILE)
+    kernel[grid](page_table, indptr, indices, row_stride, _TILE)
 
 
 @triton.jit
