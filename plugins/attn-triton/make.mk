@@ -1,5 +1,6 @@
 # Triton without a GPU: its interpreter runs the kernels, its compiler compiles them. In an environment of its own over
-# .venv, since its wheel is larger than all the rest but torch.
+# .venv, since its wheel is larger than all the rest but torch. The release is the one that torch 2.11 comes with: its Gluon
+# and its ptxas are what the evidence from GPUs is about.
 TRITON_ENV   := .venvs/triton-tests
 TRITON_TESTS := plugins/attn-triton/tests
 PLUGIN_TESTS += test-triton
@@ -8,11 +9,11 @@ OWN_TESTS    += $(TRITON_TESTS)
 .PHONY: test-triton
 
 $(TRITON_ENV)/.ready: $(VENV)/.plugins
-	@echo "setup: triton 3.9.0 in $(TRITON_ENV)"
+	@echo "setup: triton 3.6.0 in $(TRITON_ENV)"
 	@rm -rf $(TRITON_ENV) && $(BIN)/python -m venv --without-pip $(TRITON_ENV)
 	@printf "import site; site.addsitedir('%s')\n" "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
 		> "$$(echo $(TRITON_ENV)/lib/python*/site-packages)/workspace.pth"
-	@$(PIP) --python $(TRITON_ENV)/bin/python install --quiet --no-deps triton==3.9.0
+	@$(PIP) --python $(TRITON_ENV)/bin/python install --quiet --no-deps triton==3.6.0
 	@touch $@
 
 test-triton: $(TRITON_ENV)/.ready

@@ -77,11 +77,7 @@ def compile_for(chip: Chip, launcher: Launcher, args: Sequence[Any], odd: frozen
     """``launcher``'s kernel for ``chip``. Raises what Triton raises, CheckFailedError if it needs more shared memory
     than there is.
     """
-    names = launcher.kernel.arg_names
-    signature = dict.fromkeys(names, "constexpr") | {name: _type(arg) for name, arg in zip(names, args, strict=False)}
-    attrs = {(i,): [["tt.divisibility", 16]] for i in sorted(launcher.specialised - odd)}
-    kind = GluonASTSource if launcher.kernel.is_gluon() else ASTSource
-    source = kind(launcher.kernel, signature, launcher.constants, attrs)
+    source = source_of(launcher.kernel, launcher, args, odd)
     found = triton.compile(source, target=target(chip.arch), options=dict(launcher.options))
     result = Compiled(
         launcher.name, found.metadata.num_warps, found.metadata.shared, len(found.kernel), launcher.constants
@@ -89,6 +85,17 @@ def compile_for(chip: Chip, launcher: Launcher, args: Sequence[Any], odd: frozen
     if result.shared > chip.shared_memory:
         raise CheckFailedError(f"{result} for {chip}", accepted=f"at most {chip.shared_memory} bytes of shared memory")
     return result
+
+
+def source_of(kernel: Any, launcher: Launcher, args: Sequence[Any], odd: frozenset[int]) -> ASTSource:
+    """``kernel`` with the constants of ``launcher`` and arguments like ``args``, of which those at ``odd`` are no
+    multiples of 16.
+    """
+    names = kernel.arg_names
+    signature = dict.fromkeys(names, "constexpr") | {name: _type(arg) for name, arg in zip(names, args, strict=False)}
+    attrs = {(i,): [["tt.divisibility", 16]] for i in sorted(launcher.specialised - odd)}
+    kind = GluonASTSource if kernel.is_gluon() else ASTSource
+    return kind(kernel, signature, launcher.constants, attrs)
 
 
 def target(arch: str) -> GPUTarget:

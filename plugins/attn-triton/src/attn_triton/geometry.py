@@ -16,16 +16,22 @@ def power_of_two_from(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def split_width(width: int) -> tuple[int, int]:
-    """A head width as one or two powers of two, from 16, that hold it: 128 is (128, 0), 96 (64, 32), 576 (512, 64), 80
-    (64, 16).
+#: Least width of a part of a tile that is widened from fp8 to 16 bits: what fills a row of 128 bytes. Keys and values then
+#: lie in shared memory with one swizzle. With two, ptxas 12.8 (Triton 3.6's) reads a register that nothing wrote when it
+#: makes the second descriptor of the place that both take in turn, and the tensor cores read anywhere (TUNING.md).
+WIDENED_PART = 64
+
+
+def split_width(width: int, least: int = 16) -> tuple[int, int]:
+    """A head width as one or two powers of two, from ``least``, that hold it: 128 is (128, 0), 96 (64, 32), 576 (512,
+    64), 80 (64, 16).
 
     Tensor cores want powers of two; padding 576 to 1024 would read almost twice the bytes.
     """
-    first = max(16, 1 << (width.bit_length() - 1))
+    first = max(least, 1 << (width.bit_length() - 1))
     if first >= width:
         return first, 0
-    second = max(16, power_of_two_from(width - first))
+    second = max(least, power_of_two_from(width - first))
     return (first, second) if second < first or first == 16 else (first * 2, 0)
 
 
@@ -109,8 +115,12 @@ class Geometry:
         return self.num_kv_heads * self.group
 
     @property
+    def _least_part(self) -> int:
+        return WIDENED_PART if self.kv_dtype.itemsize < self.dtype.itemsize == 2 else 16
+
+    @property
     def k_parts(self) -> tuple[int, int]:
-        return split_width(self.qk_dim)
+        return split_width(self.qk_dim, self._least_part)
 
     @property
     def v_parts(self) -> tuple[int, int]:
@@ -118,7 +128,7 @@ class Geometry:
         if self.values_in_keys:
             first, second = self.k_parts
             return first, second if self.v_dim > first else 0
-        return split_width(self.v_dim)
+        return split_width(self.v_dim, self._least_part)
 
     @property
     def key_bytes(self) -> int:

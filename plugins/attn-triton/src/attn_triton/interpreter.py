@@ -91,8 +91,14 @@ def _patches() -> list[Any]:
         product = to_torch(a.data, a.dtype.scalar).float() @ to_torch(b.data, b.dtype.scalar).float()
         return interpreter.TensorHandle(product.numpy() + d.data, d.dtype.scalar)
 
-    original = interpreter._convert_float
+    def patch_tensor(tensor: Any, scope: Any) -> None:
+        """Triton 3.6 makes indices of arrays of one element in a way that numpy 2.4 refuses."""
+        original_patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    original, original_patch = interpreter._convert_float, interpreter._patch_lang_tensor
     return [
+        mock.patch.object(interpreter, "_patch_lang_tensor", patch_tensor),
         mock.patch.object(interpreter, "_convert_float", convert),
         mock.patch.object(interpreter.InterpreterBuilder, "create_dot", dot),
     ]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from attn_core.errors import BatchError, ConfigError
 from attn_core.runtime.layer import AttentionLayer
-import torch
 from torch import Tensor
 
 from attn_triton.extend import ExtendKernels, Rows
