@@ -22,6 +22,7 @@ from typing import Any, Final, Literal, Protocol, cast
 import torch
 
 from attn_core.errors import PluginLoadError, UsageError, nearest
+from attn_core.planning.claims import normal_arch
 from attn_core.planning.discovery import BackendRef
 from attn_core.planning.distributions import scan
 from attn_core.planning.system import System, detect
@@ -129,7 +130,21 @@ def _real(text: str) -> Place:
     # detect() knows the driver, torch knows what it was built for: the device asked for is the one that is tested
     same = system.device == text or (text, system.device) == ("cuda", "rocm")
     system = system if same else replace(system, device=text, arch=None)
+    if system.arch is None:  # a container without the vendor's tool
+        system = replace(system, arch=_arch(text, library))
     return Place(text, system, torch.device(text), library.get_device_name(), "silicon")
+
+
+def _arch(device: str, library: Any) -> str | None:
+    """The chip, as torch names it."""
+    if device == "npu":
+        return normal_arch(library.get_device_name())
+    if device == "cuda" and torch.version.hip is None:
+        major, minor = library.get_device_capability()
+        return f"sm_{major}{minor}"
+    if device == "cuda":
+        return str(library.get_device_properties(0).gcnArchName).partition(":")[0]
+    return None
 
 
 def _cpu_name() -> str:
