@@ -27,8 +27,9 @@ def test_no_operator_is_found_where_torch_npu_is_not() -> None:
 
 #: As the wheel of torch-npu 2.9.0 has it: for caches in NZ format alone.
 OLD_SCATTER = (
-    "npu_scatter_pa_kv_cache(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slot_mapping,"
-    " *, Tensor? compress_lens=None, Tensor? compress_seq_offsets=None, Tensor? seq_lens=None) -> ()"
+    "npu_scatter_pa_kv_cache(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache,"
+    " Tensor slot_mapping, *, Tensor? compress_lens=None, Tensor? compress_seq_offsets=None,"
+    " Tensor? seq_lens=None) -> ()"
 )
 
 
