@@ -15,6 +15,7 @@ from attn_core.runtime.layer import AttentionLayer
 from attn_core.testing.reference import reference
 from attn_mla import flashmla
 from attn_mla.flashmla import FlashMLABackend
+from attn_mla.latent_decode import LatentDecodeBackend
 from attn_mla.trtllm import TRTLLMMLABackend
 from fake_mla_libraries import FakeLibraries
 
@@ -108,6 +109,16 @@ def test_replay_reads_the_batch_of_the_replay(fake: FakeLibraries, cls: type[Att
     asked = queries(replayed)
     out = backend.forward(asked, None, None, layer, captured, save_kv_cache=False)
     torch.testing.assert_close(out.double(), reference(asked, layer, replayed, cache)[0], atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("cls", BACKENDS)
+def test_graph_state_for_256_requests_at_128k_fits_in_64_mib(fake: FakeLibraries, cls: type[AttentionBackend]) -> None:
+    config = config_of(max_context_len=131072)
+    backend = cls(config, random_cache(config))
+    assert isinstance(backend, LatentDecodeBackend)
+    backend.init_cuda_graph_state(256, 256)
+    assert backend._graphs is not None
+    assert backend._graphs.nbytes < 64 << 20
 
 
 @pytest.mark.parametrize("cls", BACKENDS)
