@@ -5,10 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+from attn_core.planning import hooks as hooks_module
 from attn_core.planning.config import AttentionConfig, Phase
 from attn_core.planning.hooks import DoctorCheck, Hooks, HookWarning, load_hooks, registered_hooks
 from attn_core.planning.hookspecs import hookimpl
@@ -155,6 +157,14 @@ def test_hooks_are_loaded_from_entry_points_with_their_noise_kept_off_stdout(
     hooks = load_hooks([str(folder)], {})
     assert hooks.rank(config(), "decode", HOPPER, ("a", "b")) == ("mine of attn-good", ("b",))
     assert capsys.readouterr() == ("", "noise\n")
+
+
+def test_who_waits_for_a_hook_plugin_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(folder, "attn_waited", "waited_hooks_of_a_test", "waited_hooks_of_a_test:plugin", GOOD)
+    watched: list[tuple[str, str, str]] = []
+    monkeypatch.setattr(hooks_module, "not_in_silence", lambda *about: watched.append(about) or nullcontext())
+    load_hooks([str(folder)], {})
+    assert watched == [("hook plugin 'mine of attn-waited'", "importing it", "attn-waited")]
 
 
 def test_a_module_itself_may_be_the_plugin(folder: Path) -> None:

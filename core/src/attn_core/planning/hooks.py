@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from attn_core.planning.config import AttentionConfig, Phase
 from attn_core.planning.distributions import scan
 from attn_core.planning.filters import Filter
+from attn_core.planning.patience import not_in_silence
 from attn_core.planning.system import System
 
 if TYPE_CHECKING:
@@ -140,15 +141,17 @@ def load_hooks(path: Sequence[str] | None = None, environ: Mapping[str, str] | N
     for distribution in scan(path).values():
         for name, value in distribution.entry_points(HOOKS_GROUP):
             if filter_.leaves_out(distribution.name) is None:
-                _load(hooks, f"{name} of {distribution.name}", partial(_resolve, value))
+                _load(hooks, name, distribution.name, partial(_resolve, value))
     for name, plugin in _registered.items():
         hooks.add(plugin, name)
     return hooks
 
 
-def _load(hooks: Hooks, name: str, resolve: Callable[[], object]) -> None:
+def _load(hooks: Hooks, entry: str, dist: str, resolve: Callable[[], object]) -> None:
+    name = f"{entry} of {dist}"
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # stdout is data
+        # stdout is data
+        with contextlib.redirect_stdout(sys.stderr), not_in_silence(f"hook plugin {name!r}", "importing it", dist):
             plugin = resolve()
     except (Exception, SystemExit) as error:
         hooks._broken(name, error)

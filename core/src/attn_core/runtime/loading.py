@@ -5,29 +5,22 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from typing import Final, TypeVar
+from typing import TypeVar
 
 from attn_core.errors import AttnError, PluginLoadError, ProtocolError
 from attn_core.planning.discovery import BackendRef
 from attn_core.planning.manifest import PROTOCOL_VERSION
+from attn_core.planning.patience import not_in_silence
 from attn_core.runtime.backend import AttentionBackend
 
 Made = TypeVar("Made")
 
-#: How long a plugin may take before the user is told what it is that they are waiting for.
-PATIENCE_SECONDS: Final = 10.0
-
 
 class PluginOutputWarning(UserWarning):
     """A plugin printed to stdout while it was loaded; what it printed went to stderr."""
-
-
-class SlowPluginWarning(UserWarning):
-    """A plugin takes long to load. It is not ended, since libraries that compile when they load take minutes."""
 
 
 def load_backend(ref: BackendRef) -> type[AttentionBackend]:
@@ -60,15 +53,16 @@ def call_plugin(ref: BackendRef, what: str, call: Callable[[], Made]) -> Made:
 
     What it prints goes to stderr, since stdout is data; it is warned of once, and so is a call that does not come back.
     """
+    who = f"backend {ref.listed!r} ({ref.dist} {ref.version})"
     try:
-        with _stdout_kept_clean(ref, what), _not_in_silence(ref, what):
+        with _stdout_kept_clean(ref, what), not_in_silence(who, what, ref.dist):
             return call()
     except AttnError:
         raise
     except (Exception, SystemExit) as error:
         root = _root_cause(error)
         raise PluginLoadError(
-            f"backend {ref.listed!r} ({ref.dist} {ref.version}): {what} failed: {_described(root)}",
+            f"{who}: {what} failed: {_described(root)}",
             given=ref.listed,
             hint=_hint(ref, root),
         ) from error
@@ -98,27 +92,6 @@ def _stdout_kept_clean(ref: BackendRef, what: str) -> Iterator[None]:
                 PluginOutputWarning,
                 stacklevel=4,
             )
-
-
-@contextlib.contextmanager
-def _not_in_silence(ref: BackendRef, what: str) -> Iterator[None]:
-    """Within this context somebody who waits too long is told for what."""
-    timer = threading.Timer(PATIENCE_SECONDS, _say_what_takes_long, (ref, what))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def _say_what_takes_long(ref: BackendRef, what: str) -> None:
-    warnings.warn(
-        f"backend {ref.listed!r} ({ref.dist} {ref.version}): {what} has taken {PATIENCE_SECONDS:g} s so far;"
-        f" Ctrl-C ends it, attn doctor loads it with a time limit, ATTN_DISABLE={ref.dist} leaves it out",
-        SlowPluginWarning,
-        stacklevel=1,
-    )
 
 
 def _root_cause(error: BaseException) -> BaseException:
