@@ -16,9 +16,10 @@ def power_of_two_from(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-#: Least width of a part of a tile that is widened from fp8 to 16 bits: what fills a row of 128 bytes. Keys and values then
-#: lie in shared memory with one swizzle. With two, ptxas 12.8 (Triton 3.6's) reads a register that nothing wrote when it
-#: makes the second descriptor of the place that both take in turn, and the tensor cores read anywhere (TUNING.md).
+#: Least width of a part of a tile that is widened from fp8 to 16 bits: what fills a row of 128 bytes. Keys and values
+#: then lie in shared memory with one swizzle. With two, ptxas 12.8 (Triton 3.6's) reads a register that nothing wrote
+#: when it makes the second descriptor of the place that both take in turn, and the tensor cores read anywhere
+#: (TUNING.md).
 WIDENED_PART = 64
 
 

@@ -4,7 +4,8 @@ A program holds BM query rows, (token, head of a KV head's group), and walks til
 of BOX tokens, which lie in one page each, times two halves of the 128-wide head; all of them land in one swizzled tile
 of shared memory. The product with the values of tile i runs while the scores of tile i + 1 are computed.
 
-Barriers, one a stage each: keys full, values full (copy engine -> consumer); keys free, values free (consumer -> producer).
+Barriers, one a stage each: keys full, values full (copy engine -> consumer); keys free,
+values free (consumer -> producer).
 """
 
 from triton.experimental import gluon
@@ -39,7 +40,8 @@ def rows_of(
     """The rows of the boxes of a tile, as a tuple of BOXES, so that their loads are under way together."""
     rows = (row_of(page_row, key, last_page, first_row, PAGE, ROWS_PAGE),)
     for j in gl.static_range(1, BOXES):
-        rows = rows + (row_of(page_row, key + j * BOX, last_page, first_row, PAGE, ROWS_PAGE),)  # type: ignore[assignment]  # noqa: RUF005
+        one = row_of(page_row, key + j * BOX, last_page, first_row, PAGE, ROWS_PAGE)
+        rows = rows + (one,)  # type: ignore[assignment]  # noqa: RUF005
     return rows
 
 
@@ -57,7 +59,8 @@ def ask(POOL, rows, column, bar, tiles, first, BOXES: gl.constexpr, BOX: gl.cons
 @gluon.jit
 def produce(
     K_POOL, V_POOL, page_row, k_boxes, v_boxes, k_full, v_full, k_free, v_free, tiles, last_page, first_row, column,
-    BOXES: gl.constexpr, BOX: gl.constexpr, BN: gl.constexpr, PAGE: gl.constexpr, ROWS_PAGE: gl.constexpr, STAGES: gl.constexpr,
+    BOXES: gl.constexpr, BOX: gl.constexpr, BN: gl.constexpr, PAGE: gl.constexpr, ROWS_PAGE: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """The producer warp: pages of every tile, keys before values."""
     for i in range(0, tiles):
@@ -86,7 +89,8 @@ def clear_tail(v_tiles, stage, rows, BN: gl.constexpr, WARPS: gl.constexpr):
 @gluon.jit
 def run_tiles(
     acc0, acc1, top, total, q_s, k_tiles, v_tiles, k_full, v_full, k_free, v_free, begin, end, length, last_seen, scale,
-    MASKED: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr, mma: gl.constexpr,
+    MASKED: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
+    mma: gl.constexpr,
 ):  # fmt: skip
     """Tiles ``begin``..``end``. The accumulators come in and go out with their last product still under way."""
     for i in range(begin, end):
@@ -147,11 +151,13 @@ def consume(
     acc0 = warpgroup_mma_init(gl.zeros([BM, 64], gl.float32, mma))
     acc1 = warpgroup_mma_init(gl.zeros([BM, 64], gl.float32, mma))
     acc0, acc1, top, total = run_tiles(
-        acc0, acc1, top, total, q_s, k_tiles, v_tiles, k_full, v_full, k_free, v_free, 0, full, length, last_seen, scale,
+        acc0, acc1, top, total, q_s, k_tiles, v_tiles, k_full, v_full, k_free, v_free, 0, full, length, last_seen,
+        scale,
         False, BM, BN, STAGES, WARPS, mma,
     )  # fmt: skip
     acc0, acc1, top, total = run_tiles(
-        acc0, acc1, top, total, q_s, k_tiles, v_tiles, k_full, v_full, k_free, v_free, full, tiles, length, last_seen, scale,
+        acc0, acc1, top, total, q_s, k_tiles, v_tiles, k_full, v_full, k_free, v_free, full, tiles, length, last_seen,
+        scale,
         True, BM, BN, STAGES, WARPS, mma,
     )  # fmt: skip
     o0, o1 = warpgroup_mma_wait(0, deps=(acc0, acc1))
@@ -174,7 +180,8 @@ def consume(
 
 @gluon.jit(
     do_not_specialize=[
-        "K_POOL", "V_POOL", "batch", "blocks", "q_token", "q_head", "out_token", "out_head", "page_stride", "scale", "v_scale",
+        "K_POOL", "V_POOL", "batch", "blocks", "q_token", "q_head", "out_token", "out_head", "page_stride", "scale",
+        "v_scale",
     ]
 )  # fmt: skip
 def gluon_extend_kernel(
@@ -267,9 +274,9 @@ def gluon_extend_kernel(
                 (
                     consume,
                     (
-                        Q, OUT, LSE, STARTS, b, h, block, q_start, query_len, prefix, length, q_s, k_tiles, v_tiles, k_full,
-                        v_full, k_free, v_free, full, tiles, q_token, q_head, out_token, out_head, scale, v_scale, GROUP,
-                        HKV * GROUP, BM, BN, STAGES, WARPS, HAS_LSE,
+                        Q, OUT, LSE, STARTS, b, h, block, q_start, query_len, prefix, length, q_s, k_tiles, v_tiles,
+                        k_full, v_full, k_free, v_free, full, tiles, q_token, q_head, out_token, out_head, scale,
+                        v_scale, GROUP, HKV * GROUP, BM, BN, STAGES, WARPS, HAS_LSE,
                     ),
                 ),
                 (

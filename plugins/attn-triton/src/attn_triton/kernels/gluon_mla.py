@@ -2,7 +2,8 @@
 
 A program holds 64 query rows, (token, head), and walks tiles of 64 latent rows of 576 that the copy engine brings. The
 score role (4 warps) computes the scores of tile i + 1 while the value role (8 warps) multiplies the probabilities of
-tile i with the same tile's first 512 columns; the accumulator, 64 x 512 in fp32, never leaves the value role's registers.
+tile i with the same tile's first 512 columns; the accumulator, 64 x 512 in fp32,
+never leaves the value role's registers.
 
 Barriers, with NB tile buffers (tiles are counted over all pieces of a program, ``it``):
   0..NB-1        tile full            copy engine -> scores
@@ -89,7 +90,8 @@ def query_range(STARTS, b, SINGLE: gl.constexpr):
 @gluon.jit
 def score_role(
     Q_NOPE, Q_ROPE, NOPE, ROPE, q0, q1, k0s, k1s, ps, factors, sums, bars, PAGES, LENGTHS, STARTS, LSE, PART_LSE, LINE,
-    BOUNDS, FIRST, splits, page_stride, scale, H: gl.constexpr, TILES: gl.constexpr, PAGE: gl.constexpr, FIXED: gl.constexpr,
+    BOUNDS, FIRST, splits, page_stride, scale, H: gl.constexpr, TILES: gl.constexpr, PAGE: gl.constexpr,
+    FIXED: gl.constexpr,
     SINGLE: gl.constexpr, HAS_LSE: gl.constexpr, NB: gl.constexpr,
 ):  # fmt: skip
     """Copies, scores and softmax of every tile of this program's piece of the line."""
@@ -178,7 +180,8 @@ def score_role(
 
 @gluon.jit
 def value_role(
-    k0s, ps, factors, sums, bars, LENGTHS, STARTS, OUT, PART_OUT, LINE, BOUNDS, FIRST, splits, out_token, out_head, v_scale,
+    k0s, ps, factors, sums, bars, LENGTHS, STARTS, OUT, PART_OUT, LINE, BOUNDS, FIRST, splits, out_token, out_head,
+    v_scale,
     H: gl.constexpr, TILES: gl.constexpr, FIXED: gl.constexpr, SINGLE: gl.constexpr, NB: gl.constexpr,
 ):  # fmt: skip
     """The accumulator: probabilities times the tiles' first 512 columns, and the output."""
@@ -264,8 +267,8 @@ def mla_kernel(
     HAS_LSE: gl.constexpr,
     NB: gl.constexpr,
 ):
-    """Grid (groups * TILES). Q_NOPE, Q_ROPE: the queries [T * H, 576] in boxes [64, 512] and [64, 64]; NOPE, ROPE likewise the
-    latent rows of all pages; PAGE a multiple of 64."""
+    """Grid (groups * TILES). Q_NOPE, Q_ROPE: the queries [T * H, 576] in boxes [64, 512] and [64, 64]; NOPE, ROPE
+    likewise the latent rows of all pages; PAGE a multiple of 64."""
     vector: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     square: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     dtype: gl.constexpr = Q_NOPE.dtype
@@ -286,7 +289,8 @@ def mla_kernel(
             (
                 value_role,
                 (
-                    k0s, ps, factors, sums, bars, LENGTHS, STARTS, OUT, PART_OUT, LINE, BOUNDS, FIRST, splits, out_token,
+                    k0s, ps, factors, sums, bars, LENGTHS, STARTS, OUT, PART_OUT, LINE, BOUNDS, FIRST, splits,
+                    out_token,
                     out_head, v_scale, H, TILES, FIXED, SINGLE, NB,
                 ),
             ),
@@ -294,7 +298,8 @@ def mla_kernel(
                 score_role,
                 (
                     Q_NOPE, Q_ROPE, NOPE, ROPE, q0, q1, k0s, k1s, ps, factors, sums, bars, PAGES, LENGTHS, STARTS, LSE,
-                    PART_LSE, LINE, BOUNDS, FIRST, splits, page_stride, scale, H, TILES, PAGE, FIXED, SINGLE, HAS_LSE, NB,
+                    PART_LSE, LINE, BOUNDS, FIRST, splits, page_stride, scale, H, TILES, PAGE, FIXED, SINGLE, HAS_LSE,
+                    NB,
                 ),
             ),
         ],

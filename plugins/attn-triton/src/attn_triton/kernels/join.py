@@ -1,4 +1,6 @@
-"""Who computes which blocks (``schedule_kernel``, once a step), and what becomes one of the parts (``merge_kernel``)."""
+"""Who computes which blocks (``schedule_kernel``, once a step), and what becomes one of the parts
+(``merge_kernel``).
+"""
 
 import triton
 import triton.language as tl

@@ -17,8 +17,9 @@ def stored(x, scale, LIMIT: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def write_one(
-    SOURCE, POOL, tokens, live, page, place, scale, source_token, source_head, D: tl.constexpr, PADDED: tl.constexpr, HKV: tl.constexpr,
-    HEADS: tl.constexpr, POOL_PAGE: tl.constexpr, POOL_TOKEN: tl.constexpr, POOL_HEAD: tl.constexpr, LIMIT: tl.constexpr,
+    SOURCE, POOL, tokens, live, page, place, scale, source_token, source_head, D: tl.constexpr, PADDED: tl.constexpr,
+    HKV: tl.constexpr, HEADS: tl.constexpr, POOL_PAGE: tl.constexpr, POOL_TOKEN: tl.constexpr,
+    POOL_HEAD: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """Rows of all heads of ``tokens`` to (page, place) of the pool."""
     h = tl.arange(0, HEADS)
@@ -75,11 +76,13 @@ def write_kernel(
     page = slot // PAGE
     place = slot % PAGE
     write_one(
-        K, K_POOL, tokens, live, page, place, k_scale, k_token, k_head, D, D_PADDED, HKV, HEADS, K_PAGE, K_TOKEN, K_HEAD, LIMIT
+        K, K_POOL, tokens, live, page, place, k_scale, k_token, k_head, D, D_PADDED, HKV, HEADS, K_PAGE, K_TOKEN,
+        K_HEAD, LIMIT
     )  # fmt: skip
     if HAS_V:
         write_one(
-            V, V_POOL, tokens, live, page, place, v_scale, v_token, v_head, DV, V_PADDED, HKV, HEADS, V_PAGE, V_TOKEN, V_HEAD, LIMIT
+            V, V_POOL, tokens, live, page, place, v_scale, v_token, v_head, DV, V_PADDED, HKV, HEADS, V_PAGE, V_TOKEN,
+            V_HEAD, LIMIT
         )  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
