@@ -1,4 +1,4 @@
-"""A machine with the real torch-npu and without CANN: `import torch` fails there, and `attn` still says what is what."""
+"""A machine with the real torch-npu and without CANN: `import torch` fails there, and `attn` works all the same."""
 
 from __future__ import annotations
 
