@@ -226,7 +226,7 @@ def _fallen_back(board: Board, ref: BackendRef, installed: Installed, policy: Fa
             + ("" if policy == "error" and choices else ", and nothing of its fallback list can run it"),
             given=ref.listed,
             accepted=f"its fallbacks for {board.phase}: {', '.join(names) or 'none'}",
-            trace=[f"  {line}" for line in board.fallback_lines()],
+            trace=[f"  {line}" for line in (*board.decision(ref).reasons, *board.fallback_lines())],
             hint=f"name a backend for {board.phase}" + (", or allow the fallback" if choices else ""),
         )
     return choices

@@ -49,7 +49,7 @@ class Ground:
     @property
     def page_size(self) -> int:
         """The plain page size: of this clause, or of the cached one beside a ragged clause."""
-        return axes.page_sizes(_cached_clause(self) or self.clause, self.tier)[0]
+        return axes.page_sizes(cached_clause(self) or self.clause, self.tier)[0]
 
     @property
     def draft_tokens(self) -> int:
@@ -72,7 +72,7 @@ class Ground:
             seed=self.seed,
         )
         case = with_pattern(case, "plain", self.draft_tokens)
-        return _beside_a_cache(self, case) if self.mode == "ragged" else case
+        return beside_a_cache(self, case) if self.mode == "ragged" else case
 
 
 def generate_cases(manifest: Manifest, tier: Tier, system: System, seed: int = 0) -> list[Case]:
@@ -91,12 +91,13 @@ def ladder_cases(manifest: Manifest, tier: Tier, system: System, seed: int = 0) 
 def _made(
     manifest: Manifest, tier: Tier, system: System, seed: int, makes: tuple[Callable[[Ground], Iterator[Case]], ...]
 ) -> list[Case]:
-    grounds = list(_grounds(manifest, tier, system, seed))
+    grounds = list(grounds_of(manifest, tier, system, seed))
     made = [case for make in makes for ground in grounds for case in make(ground)]
     return [case for case in dict.fromkeys(made) if is_claimed(manifest, case, system)]
 
 
-def _grounds(manifest: Manifest, tier: Tier, system: System, seed: int) -> Iterator[Ground]:
+def grounds_of(manifest: Manifest, tier: Tier, system: System, seed: int = 0) -> Iterator[Ground]:
+    """Every clause of the machine in every mode that it runs."""
     for clause in manifest.clauses:
         here = system.device in clause.devices or "any" in clause.devices
         if here and clause.arch.allows(system.arch):
@@ -128,12 +129,13 @@ def spread(cases: Sequence[Case], count: int | None) -> list[Case]:
         return list(cases)
     chosen: list[Case] = []
     seen: set[str] = set()
-    rest = list(cases)
+    rest = [(case, _aspects(case)) for case in cases]
     while rest and len(chosen) < count:
-        gains = [len(_aspects(c) - seen) for c in rest]
+        gains = [len(aspects - seen) for _, aspects in rest]
         best = gains.index(max(gains)) if max(gains) else len(rest) * len(chosen) // count
-        chosen.append(rest.pop(min(best, len(rest) - 1)))
-        seen |= _aspects(chosen[-1])
+        case, aspects = rest.pop(min(best, len(rest) - 1))
+        chosen.append(case)
+        seen |= aspects
     return chosen
 
 
@@ -356,7 +358,7 @@ def _several_kinds(kind: LayerKind, clause: Clause, page: int) -> Iterator[tuple
         yield kind, replace(kind, cross=True), kind
 
 
-def _cached_clause(ground: Ground) -> Clause | None:
+def cached_clause(ground: Ground) -> Clause | None:
     """The clause that gives a backend its cache: this one, or one that can stand beside a ragged clause."""
     if ground.clause.cached:
         return ground.clause
@@ -366,10 +368,10 @@ def _cached_clause(ground: Ground) -> Clause | None:
     return next((clause for clause in ground.manifest.clauses if fits(clause)), None)
 
 
-def _beside_a_cache(ground: Ground, case: Case) -> Case:
+def beside_a_cache(ground: Ground, case: Case) -> Case:
     """A ragged case: a cached kind that does not run gives the backend its cache, then the ragged kind."""
     ragged = replace(case.kinds[0], ragged=True)
-    clause = _cached_clause(ground)
+    clause = cached_clause(ground)
     if clause is None:
         return replace(case, kinds=(ragged,))
     cached = axes.layer_kind(clause, axes.head_dims(clause, ground.tier)[0], axes.group_sizes(clause)[0])

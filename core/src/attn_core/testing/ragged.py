@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -16,49 +17,94 @@ from attn_core.testing.tolerances import Precision, expect
 
 
 def ragged_faults(backend: AttentionBackend, scene: Scene, precision: Precision) -> list[Fault]:
-    """Every ragged layer of the case against the oracle, with its inputs unchanged, and bits repeated if it says so."""
+    """Every ragged layer of the case against the oracle; inputs unchanged, bits repeated and the same alone if asked"""
     return [fault for layer in scene.layers for fault in _layer_faults(backend, scene, layer, precision)]
 
 
 def _layer_faults(backend: AttentionBackend, scene: Scene, layer: AttentionLayer, precision: Precision) -> list[Fault]:
-    case, requests = scene.case, scene.case.requests
-    causal = case.kinds[layer.layer_id].causal
-    starts = _starts([r.new for r in requests], scene.device)
-    key_starts = _starts([r.seq_len for r in requests], scene.device)
-    q, k, v = scene.ragged_inputs(layer, int(starts[-1]), int(key_starts[-1]))
-    copies = [tensor.clone() for tensor in (q, k, v)]
-    wants_lse = "lse" in case.options
+    case = scene.case
+    given = _Given.of(scene, layer)
+    copies = [tensor.clone() for tensor in (given.q, given.k, given.v)]
+    output = given.run(backend, scene)
+    found = form_faults(
+        output, (given.q.shape[0], layer.num_q_heads, layer.v_head_dim), given.q.dtype, "lse" in case.options
+    )
+    if not found:
+        every = ragged_problems(
+            given.q, given.k, given.v, layer,
+            query_start_loc=_starts(given.new, scene.device),
+            key_start_loc=_starts(given.keys, scene.device),
+            causal=case.kinds[layer.layer_id].causal,
+        )  # fmt: skip
+        found += output_faults(output, expect(every, given.q, layer, precision), f"layer {layer.layer_id}")
+    for name, now, copy in zip("qkv", (given.q, given.k, given.v), copies, strict=True):
+        found += [] if same_bits(now, copy) else [Fault("inputs", f"{name} was changed in place")]
+    if "twice" in case.options:
+        where = differing([output], [given.run(backend, scene)])
+        found += [Fault("deterministic", where)] if where else []
+    if "alone" in case.options:
+        found += _alone_faults(backend, scene, given, output)
+    return found
 
-    def call() -> Output:
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Given:
+    """The arguments of one call: requests of ``new`` queries and ``keys`` keys each, one after the other."""
+
+    layer: AttentionLayer
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    new: list[int]
+    keys: list[int]
+
+    @classmethod
+    def of(cls, scene: Scene, layer: AttentionLayer) -> _Given:
+        new, keys = [r.new for r in scene.case.requests], [r.seq_len for r in scene.case.requests]
+        return cls(layer, *scene.ragged_inputs(layer, sum(new), sum(keys)), new, keys)
+
+    def only(self, b: int) -> _Given:
+        """Request ``b`` alone."""
+        rows, keys = self.rows(b), slice(sum(self.keys[:b]), sum(self.keys[: b + 1]))
+        return _Given(self.layer, self.q[rows], self.k[keys], self.v[keys], [self.new[b]], [self.keys[b]])
+
+    def rows(self, b: int) -> slice:
+        """The queries of request ``b``."""
+        return slice(sum(self.new[:b]), sum(self.new[: b + 1]))
+
+    def run(self, backend: AttentionBackend, scene: Scene) -> Output:
+        """What the backend makes of it, asked for what the case asks for."""
+        case, layer, q = scene.case, self.layer, self.q
         out = torch.full(
             (q.shape[0], layer.num_q_heads, layer.v_head_dim), float("nan"), dtype=q.dtype, device=q.device
         )
         result = backend.forward_ragged(
-            q, k, v, layer,
-            query_start_loc=starts,
-            key_start_loc=key_starts,
-            max_query_len=max(r.new for r in requests),
-            max_key_len=max(r.seq_len for r in requests),
-            causal=causal,
-            return_lse=wants_lse,
+            q, self.k, self.v, layer,
+            query_start_loc=_starts(self.new, scene.device),
+            key_start_loc=_starts(self.keys, scene.device),
+            max_query_len=max(self.new),
+            max_key_len=max(self.keys),
+            causal=case.kinds[layer.layer_id].causal,
+            return_lse="lse" in case.options,
             out=out if "out" in case.options else None,
         )  # fmt: skip
-        given, lse = result if isinstance(result, tuple) else (result, None)
-        if "out" in case.options and given.data_ptr() != out.data_ptr():
+        values, lse = result if isinstance(result, tuple) else (result, None)
+        if "out" in case.options and values.data_ptr() != out.data_ptr():
             raise AssertionError("out= was given, and another tensor came back")
-        return Output(given.clone(), lse)
+        return Output(values.clone(), lse)
 
-    output = call()
-    found = form_faults(output, (q.shape[0], layer.num_q_heads, layer.v_head_dim), q.dtype, wants_lse)
-    if not found:
-        every = ragged_problems(q, k, v, layer, query_start_loc=starts, key_start_loc=key_starts, causal=causal)
-        found += output_faults(output, expect(every, q, layer, precision), f"layer {layer.layer_id}")
-    for name, now, copy in zip("qkv", (q, k, v), copies, strict=True):
-        found += [] if same_bits(now, copy) else [Fault("inputs", f"{name} was changed in place")]
-    if "twice" in case.options:
-        where = differing([output], [call()])
-        found += [Fault("deterministic", where)] if where else []
-    return found
+
+def _alone_faults(backend: AttentionBackend, scene: Scene, given: _Given, together: Output) -> list[Fault]:
+    """The first request that gives other bits alone than in its batch."""
+    for b, count in enumerate(given.new):
+        if not count:
+            continue
+        rows = given.rows(b)
+        in_company = Output(together.out[rows], None if together.lse is None else together.lse[rows])
+        where = differing([given.only(b).run(backend, scene)], [in_company])
+        if where is not None:
+            return [Fault("batch_invariant", f"request {b}: {where}")]
+    return []
 
 
 def _starts(lengths: list[int], device: torch.device) -> Tensor:

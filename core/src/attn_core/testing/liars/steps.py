@@ -111,6 +111,17 @@ class BitsOfTheBatch(Mutant):
         return torch.nextafter(out, torch.full_like(out, float("inf"))) if batch.batch_size > 1 else out, lse
 
 
+@breaks("batch_invariant", "ragged", features=["batch_invariant"])
+class RaggedBitsOfTheBatch(Mutant):
+    """The same where keys are given: the last bit depends on how many requests there are."""
+
+    def forward_ragged(self, q: Tensor, k: Tensor, v: Tensor, layer: AttentionLayer, **options: Any) -> Result:
+        out, lse = super().forward_ragged(q, k, v, layer, **{**options, "return_lse": True, "out": None})
+        if options["query_start_loc"].shape[0] > 2:
+            out = torch.nextafter(out, torch.full_like(out, float("inf")))
+        return self.give(out, lse, options["return_lse"], options["out"])
+
+
 @breaks("witness")
 class SilentFallback(Mutant):
     """Decodes are handed to another backend, and nobody is told."""
