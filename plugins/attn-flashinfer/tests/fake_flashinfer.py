@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -27,7 +29,10 @@ class FakeFlashInfer:
         self.runs: list[tuple[str, dict[str, Any]]] = []
         self.made: list[Any] = []
         self.table_plans: list[Any] = []
-        self.cuda_path = "/nowhere"
+        self._toolkit = TemporaryDirectory()
+        self.cuda_path = self._toolkit.name
+        (Path(self.cuda_path) / "bin").mkdir()
+        (Path(self.cuda_path) / "bin" / "nvcc").touch()
         self.built: list[tuple[Any, ...]] = []
         self.shipped: list[tuple[Any, ...]] = []
         self.layout = 0  #: what the planners lay their tables out by, beside the sizes
