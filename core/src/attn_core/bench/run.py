@@ -94,7 +94,7 @@ class Workload:
             device=out.device,
         )
         expected, _ = reference(self.q[picked], self.layer, part, self.cache)
-        return float((out[picked].double() - expected).norm() / expected.norm())
+        return float((out[picked].to(expected.device).double() - expected).norm() / expected.norm())
 
 
 def measure(

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from attn_core.runtime.batch import ForwardBatch, TreeMask
-from attn_core.runtime.kv_cache import KVCache
-from attn_core.runtime.layer import AttentionLayer
 
 #: torch's devices (ROCm is ``cuda`` too) whose matrix products and elementwise operators take fp64.
 _FP64: Final = ("cpu", "cuda", "meta")
@@ -30,17 +28,3 @@ def placed_batch(batch: ForwardBatch) -> ForwardBatch:
     moved: dict[str, Any] = {name: value.to(place) for name, value in given.items() if isinstance(value, Tensor)}
     tree = None if batch.tree is None else TreeMask(batch.tree.visible.to(place))
     return replace(batch, **moved, tree=tree, plan_state=None)
-
-
-def placed_cache(cache: KVCache, layer: AttentionLayer) -> KVCache:
-    """The cache, or a copy of the layer's pools where fp64 is."""
-    place = exact_place(cache.device)
-    if place == cache.device:
-        return cache
-    values = cache.v(layer.layer_id)
-    return KVCache(
-        {layer.layer_id: cache.k(layer.layer_id).to(place)},
-        {layer.layer_id: None if values is None else values.to(place)},
-        page_size=cache.page_size,
-        layout=cache.layout,
-    )

@@ -23,7 +23,7 @@ from attn_core.errors import ConfigError
 from attn_core.runtime.batch import ForwardBatch
 from attn_core.runtime.kv_cache import FP8_DTYPES, KVCache
 from attn_core.runtime.layer import AttentionLayer
-from attn_core.testing.exact_place import exact_place, placed_batch, placed_cache
+from attn_core.testing.exact_place import exact_place, placed_batch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,7 +116,7 @@ def problems(q: Tensor, layer: AttentionLayer, batch: ForwardBatch, cache: KVCac
             f"layer {layer.layer_id}: a window of {layer.sliding_window} on a cross layer",
             accepted="cross layers without a window: encoder keys have no position relative to the query",
         )
-    q, batch, cache = q.to(exact_place(q.device)), placed_batch(batch), placed_cache(cache, layer)
+    q, batch = q.to(exact_place(q.device)), placed_batch(batch)
     for b, (first, last) in enumerate(pairwise(batch.query_start_loc.tolist())):
         if last == first:
             continue
@@ -221,10 +221,12 @@ def gather(cache: KVCache, layer: AttentionLayer, pages: Tensor, count: int) -> 
 def stored_rows(pool: Tensor, layout: str, page: Tensor, offset: Tensor) -> Tensor:
     """[count, H, D] fp64: the rows of ``pool`` at these pages and offsets, whatever its layout, unscaled."""
     bits = pool.view(torch.uint8) if pool.dtype in FP8_DTYPES else pool
+    page, offset = page.to(pool.device), offset.to(pool.device)
     if layout == "NHD":
         rows = bits[page, offset]
     elif layout == "HND":
         rows = bits[page, :, offset]
     else:
         rows = bits[page, offset][:, None, :]
+    rows = rows.to(exact_place(pool.device))
     return (rows.view(pool.dtype) if pool.dtype in FP8_DTYPES else rows).double()
