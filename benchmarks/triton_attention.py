@@ -124,7 +124,8 @@ def speed(given: argparse.Namespace, deadline: float) -> None:
         for timed in timed_rows(shape, kv, ours, given.peers.split(","), given.seconds, good):
             rows.append(timed)
             print(
-                f"{timed.shape:34s} {timed.impl:24s} {timed.ms:.4f} ms {timed.gbs:6.0f} GB/s {timed.tflops:6.1f} TF/s err {timed.err}",
+                f"{timed.shape:34s} {timed.impl:24s} {timed.ms:.4f} ms {timed.gbs:6.0f} GB/s {timed.tflops:6.1f} TF/s"
+                f" err {timed.err}",
                 flush=True,
             )
         found = results(rows, detect())

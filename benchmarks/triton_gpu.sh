@@ -1,9 +1,22 @@
 #!/usr/bin/env bash
-# attn-triton on the GPU machine: run in the repository's root with .gpu beside it and $OUT set.
-# usage: triton_gpu.sh STAGE...   (check, random, speed, host, ...: in the order given; LIMIT seconds in all)
+# attn-triton on a GPU machine: run in the repository's root with .gpu beside it (libraries to compare with) and $OUT set.
+# usage: triton_gpu.sh STAGE...   stages in the order given; what a stage found is packed into $OUT/triton.tgz as it ends
+#   fixed    the cases that once broke the device, each in a process of its own
+#   verify   the kit for VERIFY seconds (50), TIER contract; evidence of what ran
+#   checks   fixed, memory and verify side by side, on WORKERS (11) processes beside them
+#   speed    every named shape beside its peers, at most SPEED seconds (60); plots
+#   host     microseconds of the host, bytes of the graphs' state
+#   memory   compute-sanitizer memcheck, and race: racecheck, on random steps SEEDS (0:3)
+#   random   random steps against the oracle, RANDOM seconds (40)
+#   ceiling  what the card can do
 set -u
 begun=$SECONDS; R=${R:-/tmp/attn-triton-results}; S=${S:-/tmp/attn-gpu-site}; mkdir -p "$R" "$S/ours"
-. .gpu/install.sh
+for f in .gpu/{fa3,flashmla,flashinfer}/site.tar.xz; do
+  mark=$S/.$(echo "$f" | tr / -); [ -f "$f" ] && [ ! -e "$mark" ] && { python3 -c "import sys,tarfile;tarfile.open(sys.argv[1]).extractall(sys.argv[2])" "$f" "$S" && touch "$mark"; } &
+done
+for f in .gpumod/*.tar.xz; do # FlashInfer's modules, compiled ahead
+  mark=$S/.$(echo "$f" | tr / -); [ -f "$f" ] && [ ! -e "$mark" ] && { mkdir -p "$S/flashinfer/data/aot"; python3 -c "import sys,tarfile;tarfile.open(sys.argv[1]).extractall(sys.argv[2])" "$f" "$S/flashinfer/data/aot" && touch "$mark"; } &
+done
 python3 - "$S/ours" <<'P'
 import pathlib, sys, tomllib
 for folder in ("core", "plugins/attn-triton"):
@@ -14,25 +27,46 @@ for folder in ("core", "plugins/attn-triton"):
     groups = project.get("entry-points", {})
     (info / "entry_points.txt").write_text("\n".join(f"[{g}]\n" + "\n".join(f"{k} = {v}" for k, v in e.items()) for g, e in groups.items()))
 P
-export PYTHONPATH="$PWD/core/src:$PWD/plugins/attn-triton/src:$S/ours:$PYTHONPATH" TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/attn-triton-cache}
+wait
+export PYTHONPATH="$PWD/core/src:$PWD/plugins/attn-triton/src:$S/ours:$S:${PYTHONPATH:-}" PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
+export PYTHONWARNINGS=ignore TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/attn-triton-cache}
+export CUDA_HOME=${CUDA_HOME:-/usr/local/cuda} FLASHINFER_WORKSPACE_BASE=$S/jit FLASHINFER_CUDA_ARCH_LIST=9.0a FLASHINFER_DISABLE_JIT=${FLASHINFER_DISABLE_JIT-1}
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | tee "$R/device.txt"
-left() { echo $(( ${LIMIT:-580} - (SECONDS - begun) )); }
-say() { echo "== $* ($(left) s left)"; }
-py() { local limit=$1; shift; timeout "$limit" python3 "$@" 2>&1 | tee -a "$R/log.txt" | tail -${TAIL:-60}; }
+say() { echo "== $* (at $((SECONDS - begun)) s)"; }
+py() { local limit=$1; shift; timeout "$limit" python3 "$@" 2>&1 | tee -a "$R/log.txt" | tail -"${TAIL:-60}" | cut -c1-400; }
 bring() { tar -C "$R" -czf "$OUT/triton.tgz" . ; }
+FIXED=(
+  extend/16x2x64-32+window=1048576+softcap=1.5/65@0/dtype=float16/kv_dtype=fp8_e5m2/page_size=64/memory=shuffled/seed=1/lse/joined/nosave/twice
+  extend/16x2x256-80+sinks+cross/16@16e17/kv_dtype=fp8_e5m2/layout=HND/seed=1/hot/joined/nosave/nohost/loose/alone
+  extend/2x2x80+softcap=1.5+sinks+cross/3@2e17,0@16e16,5@0e35/batch=3/dtype=float16/kv_dtype=fp8_e5m2/layout=HND/memory=descending/seed=1/lse/stacked/nohost/loose/twice/alone
+  extend/32x2x256-32+window=8+softcap=1.5+sinks/3@2,0@64,5@0/batch=3/kv_dtype=fp8_e5m2/page_size=64/memory=shuffled/seed=1/lse/out/spans/fused/holes/nohost/twice
+  extend/2x2x32-80+window=16/37@132/dtype=float16/kv_dtype=fp8_e5m2/memory=shuffled/seed=1/hot/joined/decoy/nohost/loose/alone
+  decode/6x2x80+window=15+sinks/1@194/kv_dtype=fp8_e5m2/layout=HND/memory=interleaved/seed=1/lse/out/hot/fused/holes/nohost/loose/twice/alone
+  extend/mla:16x1x128-80+window=1048576+scale=0.125/3@2,0@64,5@0/batch=3/kv_dtype=fp8_e4m3/page_size=64/layout=MLA/seed=1/out/spans/fused/holes/nohost/alone
+)
+fixed() { py 70 benchmarks/triton_check.py cases "${FIXED[@]}" --out "$R" --seconds 60; }
+verify() {
+  py $(( ${VERIFY:-50} + 45 )) benchmarks/triton_check.py verify --tier "${TIER:-contract}" --workers "${WORKERS:-11}" \
+    --seconds "${VERIFY:-50}" --out "$R"
+}
+sanitize() {
+  timeout "${VERIFY:-50}" compute-sanitizer --tool "$1" python3 benchmarks/triton_check.py random --seeds "${SEEDS:-0:3}" \
+    --workers 0 2>&1 | tee "$R/$1.txt" | tail -8 | cut -c1-300
+}
+memory() { sanitize memcheck & sanitize racecheck & wait; }
 for stage in "$@"; do
   say "$stage"
   case $stage in
-    ceiling) py 60 benchmarks/triton_attention.py ceiling --out "$R" ;;
-    random)  py 100 benchmarks/triton_check.py random --seeds "${SEEDS:-0:300}" --budget 70 ;;
-    check)   py "$(left)" benchmarks/triton_check.py verify --tier "${TIER:-contract}" --out "$R" --workers 14 --budget "$(( $(left) - 20 ))" ;;
-    some)    py 130 benchmarks/triton_check.py verify --tier contract --max-cases "${CASES:-600}" --out "$R" --workers 14 --budget 120 ;;
-    diag)    TAIL=250 py 150 benchmarks/triton_diag.py ;;
-    speed)   py $(( ${BUDGET:-160} + 60 )) benchmarks/triton_attention.py speed --out "$R" --budget "${BUDGET:-160}" ${SPEED:-} ;;
-    host)    py 60 benchmarks/triton_attention.py host --out "$R" ;;
-    race)    timeout 150 compute-sanitizer --tool racecheck python3 benchmarks/triton_check.py random --seeds 0:5 --workers 0 2>&1 | tee "$R/racecheck.txt" | tail -15 ;;
-    memory)  timeout 150 compute-sanitizer --tool memcheck python3 benchmarks/triton_check.py random --seeds 0:8 --workers 0 2>&1 | tee "$R/memcheck.txt" | tail -15 ;;
+    fixed)   fixed ;;
+    verify)  verify ;;
+    memory)  memory ;;
+    checks)  fixed & memory & verify; wait ;;
+    speed)   py $(( ${SPEED:-60} + 30 )) benchmarks/triton_attention.py speed plot --out "$R" --budget "${SPEED:-60}" --workers 15 ${WITH:-} ;;
+    host)    py 40 benchmarks/triton_attention.py host --out "$R" ;;
+    ceiling) py 30 benchmarks/triton_attention.py ceiling --out "$R" ;;
+    random)  py $(( ${RANDOM_SECONDS:-40} + 30 )) benchmarks/triton_check.py random --seeds "${SEEDS:-0:400}" --workers 15 --seconds "${RANDOM_SECONDS:-40}" ;;
     *) echo "unknown stage $stage"; exit 2 ;;
   esac
   bring
 done
+say done

@@ -16,7 +16,7 @@ def peers_of(shape: Shape, kv: str, work: Workload, names: list[str]) -> Iterato
     """(name, call) of every named library that is here and has this shape."""
     fitting = {
         "fa3": shape.kind == "mha",
-        "flashinfer": shape.kind == "mha",
+        "flashinfer": shape.kind == "mha" and shape.phase == "decode",  # its prefill takes minutes to build
         "flashmla": shape.kind == "mla",
         "flashinfer_mla": shape.kind == "mla",
     }
@@ -35,18 +35,17 @@ def _fa3(shape: Shape, work: Workload) -> Call:
     import flash_attn_interface as fa
 
     batch, k, v = work.batch, work.cache.k_nhd(0), work.cache.v_nhd(0)
-    longest, most = max(shape.query_lens), max(shape.seq_lens)
+    longest = max(shape.query_lens)
     options: dict[str, object] = {}
     q = work.q
     if longest == 1:
         q = q.unsqueeze(1)
         options["scheduler_metadata"] = fa.get_scheduler_metadata(
-            batch.batch_size, 1, batch.page_table.shape[1] * 16, shape.num_q_heads, shape.num_kv_heads, 128, batch.seq_lens,
-            qkv_dtype=torch.bfloat16, page_size=16, causal=True,
+            batch.batch_size, 1, batch.page_table.shape[1] * 16, shape.num_q_heads, shape.num_kv_heads, 128,
+            batch.seq_lens, qkv_dtype=torch.bfloat16, page_size=16, causal=True,
         )  # fmt: skip
     else:
         options |= {"cu_seqlens_q": batch.query_start_loc, "max_seqlen_q": longest}
-    del most
     return lambda: fa.flash_attn_with_kvcache(
         q,
         k,
@@ -93,14 +92,9 @@ def _flashinfer(shape: Shape, work: Workload) -> Call:
     space = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
     pools = (work.cache.k(0), work.cache.v(0))
     common = {"q_data_type": torch.bfloat16, "kv_data_type": torch.bfloat16, "sm_scale": work.layer.scale}
-    if shape.phase == "decode":
-        decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(space, "NHD", use_tensor_cores=True, backend="fa2")
-        decode.plan(indptr, ids, last, shape.num_q_heads, shape.num_kv_heads, 128, 16, **common)
-        return lambda: decode.run(work.q, pools)
-    prefill = flashinfer.BatchPrefillWithPagedKVCacheWrapper(space, "NHD", backend="fa3")
-    starts = torch.tensor([0, *shape.query_lens]).cumsum(0).to(torch.int32)
-    prefill.plan(starts, indptr, ids, last, shape.num_q_heads, shape.num_kv_heads, 128, 16, causal=True, **common)
-    return lambda: prefill.run(work.q, pools)
+    decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(space, "NHD", use_tensor_cores=True, backend="fa2")
+    decode.plan(indptr, ids, last, shape.num_q_heads, shape.num_kv_heads, 128, 16, **common)
+    return lambda: decode.run(work.q, pools)
 
 
 def _flashinfer_mla(shape: Shape, work: Workload) -> Call:
