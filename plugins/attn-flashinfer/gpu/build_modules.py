@@ -6,6 +6,9 @@ when first used. Built modules put into ``flashinfer/data/aot`` are loaded from 
     python build_modules.py --out FOLDER --seconds 500      build until then, pack what is finished
     python build_modules.py --install FILE...               unpack packs into the installed FlashInfer
     python build_modules.py --list                          print the modules, and which are there
+
+No GPU is needed: nvcc is, and FLASHINFER_CUDA_ARCH_LIST=9.0a; where there is no libcuda, a stub of it in a folder that
+FLASHINFER_EXTRA_LDFLAGS=-L... names.
 """
 
 from __future__ import annotations
