@@ -7,8 +7,9 @@ What is compared, each for one layer on one thread, in CPU time, the median of i
 
 - torch_native: `forward_decode`, which writes the new keys and values, with the step's metadata made before (it is
   shared by all layers); and the same with the metadata made every time.
-- loop, paged: for every request its pages of K and of V gathered with `index_select`, then one SDPA call.
-- loop, paged by indexing: the same with `pool[pages]`, as it is usually written.
+- loop, paged by indexing: for every request its pages of K and of V as `pool[pages]`, then one SDPA call.
+- loop, paged: the same, gathered with `index_select`, which is faster. Both gather into new memory for each request:
+  how long that takes depends on what the allocator kept, and differs between runs by up to a factor of two.
 - loop, contiguous: SDPA alone; K and V of each request lie apart in [len, heads, width], as a gather leaves them.
 - loop, contiguous by head: the same in [heads, len, width]: what SDPA likes best, and no paged cache has.
 - padded: gathered into [B, longest, heads, width], one SDPA call with a mask.
@@ -215,7 +216,7 @@ def main() -> None:
     times = {(row.shape.split(",")[0], row.impl): row.ms for row in rows}
     mine = times["decode float32", "attn:torch_native"]
     print("\ndecode: torch_native is", end=" ")
-    against = ("loop, paged", "loop, paged by indexing", "loop, contiguous", "loop, contiguous by head")
+    against = ("loop, paged by indexing", "loop, paged", "loop, contiguous", "loop, contiguous by head")
     print(", ".join(f"{times['decode float32', name] / mine:.2f} times as fast as {name}" for name in against))
     ratio = times["prefill float32", "attn:torch_native"] / times["prefill float32", "one SDPA call"]
     print(f"prefill: torch_native takes {ratio:.3f} times one SDPA call")
