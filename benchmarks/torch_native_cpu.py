@@ -21,8 +21,6 @@ SDPA call on the same q, k, v.
 from __future__ import annotations
 
 import argparse
-import platform
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +33,7 @@ from attn_core.runtime.batch import ForwardBatch, ForwardMode
 from attn_core.runtime.kv_cache import TORCH_DTYPES, KVCache
 from attn_core.runtime.layer import AttentionLayer
 from attn_core.runtime.torch_native.backend import TorchNativeBackend
+from attn_core.testing.devices import device_name
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
@@ -199,13 +198,6 @@ def measure(rounds: int) -> list[Row]:
     return rows
 
 
-def processor() -> str:
-    """The processor's name where the system tells, else its architecture."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
-    return found[1] if found else platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=50, help="how often each call is timed")
@@ -222,7 +214,7 @@ def main() -> None:
     print(f"prefill: torch_native takes {ratio:.3f} times one SDPA call")
     if options.write:
         versions = {"torch": torch.__version__, "blas": "MKL" if torch.backends.mkl.is_available() else "other"}
-        found = Results(processor(), {**versions, "threads": "1"}, tuple(rows))
+        found = Results(device_name("cpu"), {**versions, "threads": "1"}, tuple(rows))
         path = Path(__file__).parent / "results" / device_slug(found.device) / "torch_native_cpu.json"
         print(f"written to {found.write(path).relative_to(Path(__file__).parent.parent)}")
 

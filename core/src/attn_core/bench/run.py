@@ -21,6 +21,7 @@ from attn_core.runtime.batch import ForwardBatch, ForwardMode
 from attn_core.runtime.build import build
 from attn_core.runtime.kv_cache import FP8_DTYPES, TORCH_DTYPES, KVCache
 from attn_core.runtime.layer import AttentionLayer
+from attn_core.testing.devices import device_name
 from attn_core.testing.reference import reference
 
 
@@ -119,8 +120,7 @@ def row(shape: Shape, impl: str, ms: float, *, itemsize: int, err: float | None 
 
 def results(rows: Iterable[Row], system: System) -> Results:
     """Rows with this machine's device name and the versions of what ran."""
-    on_gpu = system.device in ("cuda", "rocm") and torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine()
+    device = device_name("cuda" if system.device == "rocm" else system.device)
     rows = tuple(rows)
     measured = {row.impl.removeprefix("attn:") for row in rows}
     libraries = [r for ref in discover().backends if ref.listed in measured for r in ref.manifest.requires_dists]

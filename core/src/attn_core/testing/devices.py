@@ -117,7 +117,7 @@ def _real(text: str) -> Place:
             hint=f"did you mean {near!r}?" if near else "attn verify --help names the devices",
         )
     if text == "cpu":
-        return Place(text, detect("cpu", environ={}), torch.device("cpu"), _cpu_name(), "silicon")
+        return Place(text, detect("cpu", environ={}), torch.device("cpu"), device_name(text), "silicon")
     library = getattr(torch, text, None)
     if library is None or not library.is_available():
         raise UsageError(
@@ -132,7 +132,7 @@ def _real(text: str) -> Place:
     system = system if same else replace(system, device=text, arch=None)
     if system.arch is None:  # a container without the vendor's tool
         system = replace(system, arch=_arch(text, library))
-    return Place(text, system, torch.device(text), library.get_device_name(), "silicon")
+    return Place(text, system, torch.device(text), device_name(text), "silicon")
 
 
 def _arch(device: str, library: Any) -> str | None:
@@ -145,6 +145,11 @@ def _arch(device: str, library: Any) -> str | None:
     if device == "cuda":
         return str(library.get_device_properties(0).gcnArchName).partition(":")[0]
     return None
+
+
+def device_name(device: str) -> str:
+    """What its maker calls the device that torch calls ``device``."""
+    return _cpu_name() if device == "cpu" else str(torch.get_device_module(device).get_device_name())
 
 
 def _cpu_name() -> str:

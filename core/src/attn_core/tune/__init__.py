@@ -22,6 +22,7 @@ from attn_core.planning.reasons import evaluate
 from attn_core.planning.system import System, detect
 from attn_core.runtime.batch import ForwardMode
 from attn_core.runtime.build import build
+from attn_core.testing.devices import device_name
 
 #: requests and tokens of the workloads of a phase: (requests, new tokens of each, keys of each)
 WORKLOADS: Final[dict[Phase, tuple[tuple[int, int, int], ...]]] = {
@@ -56,7 +57,7 @@ def tune(
         raise UsageError(f"{system} is not this machine", hint="run attn tune there")
     installed = discover()
     timings = list(_timings(config, system, installed, seconds, progress))
-    device = torch.cuda.get_device_name() if system.device in ("cuda", "rocm") else str(system)
+    device = device_name("cuda" if system.device == "rocm" else system.device)
     save_timings(
         tuned_path(system), timings, device=device, date=datetime.datetime.now(datetime.UTC).date().isoformat()
     )
