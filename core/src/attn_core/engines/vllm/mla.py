@@ -13,7 +13,7 @@ from attn_core.engines.vllm.backend import AttnBackend, AttnMetadataBuilder
 from attn_core.engines.vllm.group import Step
 from attn_core.engines.vllm.layers import refuse_extras
 from attn_core.engines.vllm.served import serve
-from attn_core.errors import ConfigError
+from attn_core.errors import BatchError, ConfigError
 from attn_core.planning.config import LayerKind
 from attn_core.runtime.layer import AttentionLayer
 from attn_core.runtime.router import PhaseRouter
@@ -88,8 +88,10 @@ class LatentLayer:
 
     def write(self, kv_c_normed: Tensor, k_pe: Tensor, slot_mapping: Tensor) -> None:
         """Latents [T, R] and their rotated parts [T, 1, P] into the cache at ``slot_mapping``; -1 is not written."""
-        if self._bound is None:  # vLLM warms up before it makes a step: there is nothing to write
-            return
+        if self._bound is None:
+            if bool((slot_mapping >= 0).any()):
+                raise BatchError("vLLM writes latents before it has built a step")
+            return  # it warms up over slots of -1
         router, layer = self._bound
         count = min(kv_c_normed.shape[0], slot_mapping.shape[0])
         latent = torch.cat((kv_c_normed[:count, None], k_pe[:count].view(count, 1, -1)), dim=-1)

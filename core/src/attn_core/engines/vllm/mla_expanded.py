@@ -37,15 +37,15 @@ class AttnMLAExpandedBuilder(MLACommonMetadataBuilder[MLACommonMetadata]):  # ty
         one = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
         return support if support is AttentionCGSupport.NEVER else one
 
-    @property
-    def group(self) -> CacheGroup:
-        """The backends over the cache that vLLM has now."""
+    def _ready(self) -> CacheGroup:
+        """The backends over the cache that vLLM has now; a step without decodes needs them to write."""
         if self._group is None or not self._group.stands:
             self._group = CacheGroup(served_now(), self._names, block_size=self.kv_cache_spec.block_size)
         return self._group
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         self._common = common_attn_metadata
+        self._ready()
         return super().build(common_prefix_len, common_attn_metadata, fast_build)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
@@ -60,7 +60,8 @@ class AttnMLAExpandedBuilder(MLACommonMetadataBuilder[MLACommonMetadata]):  # ty
         common = self._common
         requests = fields["seq_lens_device"].shape[0]
         decodes = common if requests == common.num_reqs else common.unpadded(num_decode_tokens, requests)
-        return self.group.captured_step(decodes) if self._capturing else self.group.step(decodes)
+        group = self._ready()
+        return group.captured_step(decodes) if self._capturing else group.step(decodes)
 
 
 class AttnMLAExpanded(AttnMLABackend):
