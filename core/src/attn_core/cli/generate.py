@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from attn_core.generate.engine import NewTokens
     from attn_core.generate.request import Request
     from attn_core.generate.session import Queue, Session
+    from attn_core.planning.system import System
 
 
 @click.command()
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 @backend_options
 @click.option("--fallback", type=click.Choice(["warn", "error", "allow"]), default="warn", help=FALLBACK_HELP)
 @serving_options
-@click.option("--device", metavar="DEVICE", help="cpu, cuda, npu or xpu. [default: the accelerator, else cpu]")
+@click.option("--device", metavar="DEVICE", help="cpu, cuda, npu, xpu or emulated:CHIP. [default: the best here]")
 @click.option("--cache-mib", type=int, metavar="N", help="Size of the cache. [default: 64 on a CPU, else 1024]")
 @click.option("--max-requests", type=int, default=16, show_default=True, help="Prompts that run at once.")
 @click.option("--max-batch-tokens", type=int, default=512, show_default=True, help="Tokens of one step.")
@@ -66,7 +67,8 @@ def command(
     sampling = {name: given.pop(name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
     texts = [_text(prompt) for prompt in prompts]
     began = time.perf_counter()
-    with Progress() as progress:
+    with ExitStack() as stack, Progress() as progress:
+        given["stand_in"] = _entered(given["device"], stack)
         queue = _queue(given, backends, progress)
         requests = [queue.add(text, sampling, raw=raw) for text in texts]
         session = _session(queue, progress)
@@ -92,6 +94,17 @@ def _text(prompt: str) -> str:
     except UnicodeError as error:
         raise UsageError(f"a prompt is no text: {error}", accepted="UTF-8") from None
     return text
+
+
+def _entered(device: str | None, stack: ExitStack) -> tuple[str, System] | None:
+    """torch's device and the machine that an emulator stands in for, entered; None for a real device."""
+    if device is None or not device.startswith("emulated:"):
+        return None
+    from attn_core.testing.devices import load_emulator
+
+    emulator = load_emulator(device.removeprefix("emulated:"))
+    stack.enter_context(emulator)
+    return str(emulator.device()), emulator.system()
 
 
 def _queue(given: dict[str, Any], backends: Any, progress: Progress) -> Queue:

@@ -19,7 +19,7 @@ def lines(session: Session, requests: Sequence[Request], loaded: float, *, finis
     stored = config.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     ran = ", ".join(f"{phase}: {' and '.join(names)}" for phase, names in session.witness.by_phase().items())
     said = [
-        f"model  {session.queue.files.name}, {config.dtype} on {session.queue.device}",
+        f"model  {session.queue.files.name}, {config.dtype} on {session.queue.place}",
         f"time   {loaded:.2f} s to load; first step to first token: {first}",
         *_table([HEADER, *(_row(STEP_NAMES[mode], of_mode) for mode, of_mode in figures.by_mode.items())]),
         f"cache  {figures.peak_pages} of {figures.num_pages} pages of {config.page_size} tokens in use at most "
@@ -43,7 +43,7 @@ def document(
     figures, config = session.engine.figures, session.queue.plan.config
     return {
         "model": session.queue.files.name,
-        "device": session.queue.device,
+        "device": session.queue.place,
         "dtype": config.dtype,
         "kv_cache_dtype": config.kv_cache_dtype,
         "kv_layout": config.kv_layout,

@@ -51,6 +51,8 @@ class ServingOptions:
     max_requests: int = 16
     max_batch_tokens: int = 512
     cuda_graph: bool = False
+    #: where ``device`` is an emulator's: torch's device, and the machine that plans are made for
+    stand_in: tuple[str, System] | None = None
     #: tokens of a request that a verify step checks, its last one and guesses; 0 is off
     speculative_num_draft_tokens: int = 0
 
@@ -61,8 +63,10 @@ class Queue:
     def __init__(self, options: ServingOptions, progress: Progress) -> None:
         """Raises UnknownModelError, ModelFolderError, ConfigError, UsageError, PlanError or CacheFullError."""
         self.files: ModelFiles = locate(options.model, progress)
-        self.device, system = pick_device(options.device)
-        config = text_config(self.files, self.device, options)
+        self.device, system = options.stand_in or pick_device(options.device)
+        #: what people are told: torch's device, or the emulator that it stands for
+        self.place = self.device if options.stand_in is None else str(options.device)
+        config = text_config(self.files, system.device, options)
         self.hf_config = read_config(self.files)
         check_served(self.hf_config, has_cross=False)
         # Guesses come from the prompt, so that there is no draft model and no draft phase.

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from attn_ascend import attend, latent
-from attn_ascend.emulator.device import EMULATOR
-from attn_core.generate import session
 from attn_core.generate.model import PagedModel
 from torch import Tensor
 
 from .tiny_models import MODELS, PROMPTS, folder_of, generate
-
-
-@pytest.fixture
-def on_the_emulated_card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The command plans for the emulated card, and puts its tensors where that is emulated."""
-    with EMULATOR:
-        monkeypatch.setattr(session, "pick_device", lambda name: ("cpu", EMULATOR.system()))
-        yield
 
 
 class Heard:
@@ -75,7 +64,6 @@ def distances(model: Any, rows: list[tuple[list[int], Tensor]]) -> tuple[float, 
     return tuple(float((got - exact).square().mean().sqrt()) for got in (ours, half))  # type: ignore[return-value]
 
 
-@pytest.mark.usefixtures("on_the_emulated_card")
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_as_near_to_eager_as_eager_is_in_float16(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -83,13 +71,13 @@ def test_logits_are_as_near_to_eager_as_eager_is_in_float16(
     model = folder_of(name, tmp_path)
     heard = Heard(monkeypatch)
     said = generate(tmp_path)
+    assert said["device"] == "emulated:ascend"
     assert {phase: set(ran) for phase, ran in said["ran"].items()} == {"prefill": {"ascend"}, "decode": {"ascend"}}
     ours, half = distances(model, heard.rows)
     assert ours <= 1.5 * half
     assert len(heard.rows) >= sum(len(p) for p in PROMPTS[1:])
 
 
-@pytest.mark.usefixtures("on_the_emulated_card")
 def test_guessed_tokens_are_verified_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = folder_of("DeepSeek-V3", tmp_path)
     heard = Heard(monkeypatch)
@@ -99,7 +87,6 @@ def test_guessed_tokens_are_verified_on_it(tmp_path: Path, monkeypatch: pytest.M
     assert ours <= 1.5 * half
 
 
-@pytest.mark.usefixtures("on_the_emulated_card")
 @pytest.mark.parametrize("name", ["Llama", "DeepSeek-V3"])
 def test_a_wrong_scale_is_seen_in_the_logits(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: what the comparison is blind to it would not prove."""

@@ -50,8 +50,10 @@ def folder_of(name: str, folder: Path) -> Any:
     return model
 
 
-def generate(folder: Path, *options: str) -> dict[str, Any]:
+def generate(folder: Path, *options: str, device: str = "emulated:ascend") -> dict[str, Any]:
+    """What `attn generate` prints for the model in ``folder``, as a user runs it."""
     arguments = ["--model", str(folder), "--attention-backend", "ascend", "--dtype", "float16", "--raw", "--json"]
+    arguments += ["--device", device]
     sizes = ["--max-new-tokens", "6", "--max-batch-tokens", "50", "--cache-mib", "16", "--fallback", "error"]
     result = CliRunner().invoke(command, [*PROMPTS, *arguments, *sizes, *options], catch_exceptions=False)
     assert result.exit_code == 0, result.output

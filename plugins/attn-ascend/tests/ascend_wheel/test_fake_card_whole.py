@@ -39,8 +39,8 @@ def test_decode_steps_of_a_model_are_graphs_and_give_the_tokens_of_eager_steps(
 ) -> None:
     monkeypatch.setattr(session, "pick_device", lambda asked: ("npu", EMULATOR.system()))
     folder_of(name, tmp_path)
-    eager, _ = generate(tmp_path), journal()
-    graphs, done = generate(tmp_path, "--cuda-graph"), journal()
+    eager, _ = generate(tmp_path, device="npu"), journal()
+    graphs, done = generate(tmp_path, "--cuda-graph", device="npu"), journal()
     assert graphs["ran"] == {"prefill": ["ascend"], "decode": ["ascend"]}
     assert [r["tokens"] for r in graphs["requests"]] == [r["tokens"] for r in eager["requests"]]
     assert done.count("replay") == graphs["steps"]["decode"]["steps"] >= 5
