@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import json
 import lzma
-import os
 import sys
 from pathlib import Path
-
-os.environ.setdefault("WAVE_CACHE_ON", "0")
+from typing import Any
 
 from attn_wave.compiler import compile_variant, sources_hash, wave_version
+from attn_wave.emulator.code_object import disassemble
+from attn_wave.emulator.listing import listing_of, packed, shipped_path
 from attn_wave.variant import all_variants
 
-SHIPPED = Path(__file__).parent.parent / "src" / "attn_wave" / "shipped"
+PACKAGE = Path(__file__).parent.parent / "src" / "attn_wave"
 
 
 def main(arch: str, only: list[str]) -> None:
-    """Write each code object as soon as it is there, and the index last of all."""
-    folder = SHIPPED / arch
+    """Write each code object as soon as it is there and its facts with it; the listings last of all."""
+    folder = PACKAGE / "shipped" / arch
     folder.mkdir(parents=True, exist_ok=True)
     index = folder / "index.json"
     versions = {"sources": sources_hash(), "wave-lang": wave_version()}
     known = json.loads(index.read_text(encoding="utf-8")) if index.exists() else {}
-    kernels = known.get("kernels", {}) if known.get("versions") == versions else {}
+    kernels: dict[str, Any] = known.get("kernels", {}) if known.get("versions") == versions else {}
     for variant in all_variants():
         if variant.key in kernels or (only and variant.key not in only):
             continue
@@ -33,7 +33,18 @@ def main(arch: str, only: list[str]) -> None:
         ordered = {"versions": versions, "kernels": dict(sorted(kernels.items()))}
         index.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
         print(variant.key, made.facts, flush=True)
+    write_listings(arch)
+
+
+def write_listings(arch: str) -> None:
+    """What the emulator reads in place of a disassembler."""
+    blobs = [lzma.decompress(path.read_bytes()) for path in sorted((PACKAGE / "shipped" / arch).glob("*.hsaco.xz"))]
+    listings = [listing_of(blob, tuple(disassemble(blob, arch))) for blob in blobs]
+    (PACKAGE / shipped_path(arch)).write_bytes(packed(listings))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    if sys.argv[1] == "--listings":
+        write_listings(sys.argv[2])
+    else:
+        main(sys.argv[1], sys.argv[2:])

@@ -6,7 +6,7 @@ import hashlib
 import re
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +17,7 @@ from attn_wave.variant import Variant
 
 #: The version that kernels are written for and proved with.
 WAVE_VERSION: Final = "3.9.1"
-_SOURCES: Final = (Path(__file__).parent / "kernels" / "attend.py", Path(__file__).parent / "variant.py")
+_SOURCES: Final = ("kernels/attend.py", "kernels/build.py", "variant.py")
 _COUNTS: Final = {
     "vgprs": "vgpr_count", "agprs": "agpr_count", "sgprs": "sgpr_count", "lds": "group_segment_fixed_size",
     "spilled_vgprs": "vgpr_spill_count",
@@ -44,7 +44,7 @@ def sha256(blob: bytes) -> str:
 
 def sources_hash() -> str:
     """Of everything that a kernel is compiled from, Wave's own version aside."""
-    return sha256(b"".join(path.read_bytes() for path in _SOURCES))[:16]
+    return sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in _SOURCES))[:16]
 
 
 def wave_version() -> str | None:
@@ -63,10 +63,12 @@ def compile_variant(variant: Variant, arch: str) -> Compiled:
             accepted=f"wave-lang {WAVE_VERSION}, or a kernel that attn-wave ships",
             hint="pip install 'attn-wave[kernels]'",
         )
+    from attn_wave.kernels.build import build
+
     with tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()
         try:
-            launch = _wave_compile(variant, arch, folder)
+            launch = build(variant, arch, folder)
         except Exception as error:
             raise KernelError(f"Wave cannot compile {variant} for {arch}: {error}") from error
         seconds = time.monotonic() - began
@@ -79,38 +81,8 @@ def compile_variant(variant: Variant, arch: str) -> Compiled:
     return Compiled(blob, launch.func_name, (x, y, z), facts)
 
 
-def _wave_compile(variant: Variant, arch: str, folder: str) -> Any:
-    from wave_lang.kernel.wave.compile import WaveCompileOptions, wave_compile
-    from wave_lang.kernel.wave.scheduling.schedule import SchedulingType
-    from wave_lang.kernel.wave.utils.general_utils import get_default_scheduling_params
-
-    from attn_wave.kernels.attend import attend_kernel
-
-    # Wave changes a kernel object as it compiles it: always a fresh one
-    kernel, substitutions, symbols = attend_kernel(variant)  # type: ignore[no-untyped-call]
-    options = WaveCompileOptions(
-        subs=substitutions | get_default_scheduling_params(),
-        canonicalize=True,
-        schedule=SchedulingType.NONE,
-        dynamic_symbols=symbols,
-        target=arch,
-        device="hip",
-        backend="llvm",
-        wave_runtime=False,
-        dump_binaries=folder,
-        dump_intermediates=folder,
-    )
-    wave_compile(options, kernel)
-    return options.kernel_launch_info
-
-
 def _stated(assembly: str, key: str) -> int:
     match = re.search(rf"\.{key}:\s+(\d+)", assembly)
     if match is None:
         raise KernelError(f"the assembly of a kernel states no {key}")
     return int(match[1])
-
-
-def as_json(variant: Variant) -> dict[str, Any]:
-    """The variant as JSON data."""
-    return asdict(variant)

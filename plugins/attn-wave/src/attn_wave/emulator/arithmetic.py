@@ -14,6 +14,8 @@ import numpy as np
 from attn_wave.emulator.wave import F16, F32, F64, I32, I64, U32, U64, spread
 
 Function = Callable[..., Any]
+#: Beyond these an instruction of a division scales its operands.
+_SMALL, _LARGE = F32(2.0**-96), F32(2.0**96)
 
 
 def fused(a: Any, b: Any, c: Any) -> Any:
@@ -79,6 +81,21 @@ def _to_integer(low: int, high: int) -> Function:
     return convert
 
 
+def _within(x: Any) -> Any:
+    return (np.abs(x) > _SMALL) & (np.abs(x) < _LARGE)
+
+
+def _fixed_up(quotient: Any, divisor: Any, dividend: Any) -> Any:
+    """The last step of a division: what the steps before it made of the quotient, with the sign of the operands.
+
+    They go without the scaling that keeps extreme operands in range, so that for those the quotient is taken itself,
+    as for zeros, infinities and NaN.
+    """
+    exact = dividend / divisor
+    plain = _within(dividend) & _within(divisor) & _within(exact)
+    return np.where(plain, np.copysign(np.abs(quotient), exact), exact)
+
+
 #: fp32 operands to an fp32 result
 FLOAT: Final[Mapping[str, Function]] = {
     "v_add_f32": operator.add,
@@ -98,9 +115,8 @@ FLOAT: Final[Mapping[str, Function]] = {
     "v_rndne_f32": np.rint,
     "v_floor_f32": np.floor,
     "v_ceil_f32": np.ceil,
-    # the three steps of a division: scaling is left out, so that the last gives the rounded quotient itself
     "v_div_fmas_f32": fused,
-    "v_div_fixup_f32": lambda quotient, divisor, dividend: dividend / divisor,
+    "v_div_fixup_f32": _fixed_up,
 }
 #: for each lane the bits of those below it, of the first 32 and of the others
 _LANES_BELOW: Final = [

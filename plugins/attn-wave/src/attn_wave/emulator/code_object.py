@@ -8,7 +8,7 @@ import struct
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Final
 
 import numpy as np
@@ -19,6 +19,7 @@ from attn_wave.emulator.control import control
 from attn_wave.emulator.faults import EmulationError
 from attn_wave.emulator.instructions import Instruction, parse_line
 from attn_wave.emulator.lanes import permute
+from attn_wave.emulator.listing import listed
 from attn_wave.emulator.matrix import matrix
 from attn_wave.emulator.memory_access import memory_access
 from attn_wave.emulator.packed import packed
@@ -28,18 +29,16 @@ from attn_wave.emulator.wave import Action
 
 #: The low byte of e_flags, LLVM's "User guide for AMDGPU backend", section "ELF header".
 ARCHITECTURES: Final = {0x4C: "gfx942", 0x4F: "gfx950"}
-#: Disassemblers by architecture: LLVM 19 does not know gfx950.
-DISASSEMBLERS: Final = {
-    "gfx942": ("llvm-objdump-19", "llvm-objdump-20", "llvm-objdump-21", "llvm-objdump-22", "llvm-objdump"),
-    "gfx950": ("llvm-objdump-22", "llvm-objdump-21", "llvm-objdump-20", "llvm-objdump"),
-}
+#: The first LLVM that knows an architecture, and the newest that was tried.
+_FIRST_LLVM: Final = {"gfx942": 17, "gfx950": 20}
+_LAST_LLVM: Final = 23
 _LOADED: Final = 1
 _SYMBOLS: Final = (2, 11)
 
 
 @dataclass(frozen=True, eq=False)
 class CodeObject:
-    """One kernel. ``image`` is the loaded ELF; sizes in bytes. ``lines`` are given instead of disassembled by tests."""
+    """One kernel. ``image`` is the loaded ELF; sizes in bytes."""
 
     name: str
     arch: str
@@ -80,8 +79,8 @@ class CodeObject:
 
     @cached_property
     def instructions(self) -> tuple[Instruction, ...]:
-        """In the order of their addresses. Raises PluginLoadError without a disassembler for the architecture."""
-        return tuple(disassemble(self.blob, self.arch))
+        """In the order of their addresses: as listed, else disassembled, which raises PluginLoadError without LLVM."""
+        return listed(self.blob, self.arch) or tuple(disassemble(self.blob, self.arch))
 
     @cached_property
     def places(self) -> dict[int, int]:
@@ -125,13 +124,26 @@ def _by_kind(instruction: Instruction) -> Action | None:
 
 def disassembler(arch: str) -> str:
     """The program that knows ``arch``. Raises PluginLoadError."""
-    for name in DISASSEMBLERS[arch]:
-        found = shutil.which(name)
+    first = _FIRST_LLVM[arch]
+    for version in range(first, _LAST_LLVM + 1):
+        found = shutil.which(f"llvm-objdump-{version}")
         if found is not None:
             return found
+    found = shutil.which("llvm-objdump")
+    if found is not None and _llvm_version(found) >= first:
+        return found
     raise PluginLoadError(
-        f"no disassembler for {arch}", accepted=DISASSEMBLERS[arch], hint="apt-get install llvm-19 (gfx942)"
+        f"no disassembler for {arch}",
+        accepted=f"llvm-objdump of LLVM {first} or newer, or a code object that attn-wave ships",
+        hint="apt-get install llvm-19",
     )
+
+
+@cache
+def _llvm_version(program: str) -> int:
+    ran = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
+    match = re.search(r"LLVM version (\d+)", ran.stdout)
+    return int(match[1]) if match else 0
 
 
 def disassemble(blob: bytes, arch: str) -> Iterator[Instruction]:

@@ -9,13 +9,12 @@ from types import TracebackType
 from typing import Any, Final
 
 import torch
-from attn_core.errors import AttnError
 from attn_core.planning.system import System
 from torch import Tensor
 
 from attn_wave import runtime
 from attn_wave.compiler import WAVE_VERSION
-from attn_wave.emulator.code_object import CodeObject, disassembler
+from attn_wave.emulator.code_object import CodeObject
 from attn_wave.emulator.faults import EmulationError
 from attn_wave.emulator.launch import Argument, Pointer, launch
 
@@ -51,6 +50,7 @@ class EmulatedRuntime:
     def __init__(self, arch: str) -> None:
         self.arch = arch
         self.instructions = 0
+        self.backwards = False
         self._objects: dict[bytes, CodeObject] = {}
         self._lent: dict[int, Pointer] = {}
 
@@ -75,7 +75,7 @@ class EmulatedRuntime:
             raise EmulationError(f"a launch with addresses {unknown}, scalars {scalars}, LDS {info.dynamic_lds}")
         grid, block = (info.grid_x, info.grid_y, info.grid_z), (info.block_x, info.block_y, info.block_z)
         arguments: list[Argument] = [*(self._lent[address] for address in addresses), *sizes]
-        self.instructions += launch(info.function, grid, block, arguments)
+        self.instructions += launch(info.function, grid, block, arguments, backwards=self.backwards)
 
 
 class Gfx942:
@@ -85,7 +85,7 @@ class Gfx942:
     level: Final = "isa-emulated"
 
     def __init__(self) -> None:
-        self._runtime = EmulatedRuntime(self.name)
+        self.runtime = EmulatedRuntime(self.name)
         self._before: list[Any] = []
 
     def device(self) -> torch.device:
@@ -103,12 +103,8 @@ class Gfx942:
         return {"kernels compiled by": f"wave-lang {WAVE_VERSION}"}
 
     def __enter__(self) -> Gfx942:
-        try:
-            disassembler(self.name)
-        except AttnError as error:
-            raise EmulationError(f"the emulator needs a disassembler: {error.message}", hint=error.hint) from error
         self._before.append(runtime.emulated)
-        runtime.emulated = self._runtime
+        runtime.emulated = self.runtime
         return self
 
     def __exit__(

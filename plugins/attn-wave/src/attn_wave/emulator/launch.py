@@ -41,11 +41,20 @@ Argument = Pointer | int | float
 Sizes = tuple[int, int, int]
 
 
-def launch(code: CodeObject, grid: Sizes, block: Sizes, arguments: Sequence[Argument], *, wide: bool = True) -> int:
+def launch(
+    code: CodeObject,
+    grid: Sizes,
+    block: Sizes,
+    arguments: Sequence[Argument],
+    *,
+    wide: bool = True,
+    backwards: bool = False,
+) -> int:
     """Runs every workgroup; returns how many instructions the waves took.
 
     Integers are passed as 64 bits (``wide``) or 32, floats as fp32, tensors by address. Two arguments on one storage
-    share its memory, so that views of one pool are one pool. Raises EmulationError, MemoryFaultError.
+    share its memory, so that views of one pool are one pool. ``backwards``: the last wave and workgroup first, which
+    must not change a bit. Raises EmulationError, MemoryFaultError.
     """
     memory = Memory()
     packed = _packed(arguments, memory, wide)
@@ -56,10 +65,9 @@ def launch(code: CodeObject, grid: Sizes, block: Sizes, arguments: Sequence[Argu
     memory.add(_ARGUMENTS, np.frombuffer(packed + bytes(64), np.uint8), "the arguments", writable=False)
     memory.add(_CODE, code.image, "the code", writable=False)
     with np.errstate(all="ignore"):
-        return sum(
-            _workgroup(code, memory, (x, y, z), block)
-            for z, y, x in product(range(grid[2]), range(grid[1]), range(grid[0]))
-        )
+        groups = list(product(range(grid[2]), range(grid[1]), range(grid[0])))
+        order = reversed(groups) if backwards else groups
+        return sum(_workgroup(code, memory, (x, y, z), block, backwards) for z, y, x in order)
 
 
 def _packed(arguments: Sequence[Argument], memory: Memory, wide: bool) -> bytes:
@@ -98,11 +106,13 @@ def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
     return found
 
 
-def _workgroup(code: CodeObject, memory: Memory, group: Sizes, block: Sizes) -> int:
+def _workgroup(code: CodeObject, memory: Memory, group: Sizes, block: Sizes, backwards: bool) -> int:
     """Its waves take turns, each from barrier to barrier."""
     threads = block[0] * block[1] * block[2]
     lds = np.full((code.lds_size + 3) // 4, GARBAGE, U32).view(np.uint8)[: code.lds_size]
     waves = [_wave(code, memory, lds, group, block, first) for first in range(0, threads, 64)]
+    if backwards:
+        waves.reverse()
     total = 0
     while waves:
         for wave in waves:

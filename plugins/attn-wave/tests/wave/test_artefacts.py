@@ -1,0 +1,102 @@
+"""What ships is what the sources say: every variant is there, within the chip's limits, with its disassembly."""
+
+from __future__ import annotations
+
+import lzma
+import tomllib
+from hashlib import sha256
+
+import pytest
+from attn_wave import shipped
+from attn_wave.compiler import WAVE_VERSION, sources_hash
+from attn_wave.emulator import code_object
+from attn_wave.emulator.code_object import CodeObject, disassemble, disassembler, registers
+from attn_wave.emulator.listing import listed
+from attn_wave.variant import WIDTHS, Variant, all_variants
+
+from .artefacts import ARCH, SHIPPED, code_objects
+
+#: Of a compute unit of CDNA3: registers of one lane of a wave, and bytes of LDS.
+VECTOR_REGISTERS, SCALAR_REGISTERS, LDS = 512, 106, 64 << 10
+VARIANTS = list(all_variants())
+each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=[variant.key for variant in VARIANTS])
+
+
+def test_they_are_of_these_sources_and_this_compiler() -> None:
+    """After a change of a kernel: make wave-compile."""
+    assert shipped.index(ARCH)["versions"] == {"sources": sources_hash(), "wave-lang": WAVE_VERSION}
+
+
+def test_there_is_one_for_every_variant_and_no_other() -> None:
+    keys = {variant.key for variant in VARIANTS}
+    assert set(shipped.index(ARCH)["kernels"]) == keys
+    assert set(code_objects()) == keys
+
+
+def test_every_claimed_width_has_variants_and_every_variant_is_claimed() -> None:
+    manifest = tomllib.loads((SHIPPED.parent.parent / "wave.toml").read_text(encoding="utf-8"))
+    assert {tuple(widths) for clause in manifest["supports"] for widths in clause["head_dims"]} == set(WIDTHS)
+    assert all(clause["arch"] == [ARCH] for clause in manifest["supports"])
+
+
+@each_variant
+def test_it_is_the_one_that_was_compiled(variant: Variant) -> None:
+    record = shipped.index(ARCH)["kernels"][variant.key]
+    blob = lzma.decompress((SHIPPED / f"{variant.key}.hsaco.xz").read_bytes())
+    assert record["sha256"] == sha256(blob).hexdigest()
+    code = CodeObject.parse(blob)
+    assert (code.arch, code.name) == (ARCH, record["name"])
+    assert tuple(record["block"]) == (64, variant.waves, 1)
+
+
+@each_variant
+def test_it_keeps_within_the_chip(variant: Variant) -> None:
+    """Registers and LDS as the code object's own metadata states them, and without spilling any."""
+    code, record = code_objects()[variant.key], shipped.index(ARCH)["kernels"][variant.key]
+    stated = registers(code.blob)
+    assert stated["vgpr_count"] == record["vgprs"] <= VECTOR_REGISTERS // max(1, variant.waves // 4)
+    assert stated["agpr_count"] == record["agprs"]
+    assert stated["sgpr_count"] == record["sgprs"] <= SCALAR_REGISTERS
+    assert stated["group_segment_fixed_size"] == record["lds"] == code.lds_size <= LDS
+    assert stated["vgpr_spill_count"] == record["spilled_vgprs"] == 0
+
+
+@each_variant
+def test_products_are_matrix_instructions(variant: Variant) -> None:
+    """As many as one step of the loop needs: 16 keys and 16 of the width at a time, for scores and for values."""
+    code = code_objects()[variant.key]
+    kind = {"float16": "v_mfma_f32_16x16x16_f16", "bfloat16": "v_mfma_f32_16x16x16_bf16"}[variant.dtype]
+    found = [i.base for i in code.instructions if i.base.startswith("v_mfma")]
+    assert set(found) == {kind}
+    wanted = variant.keys // 16 * (variant.qk_width + variant.v_width) // 16
+    assert len(found) == wanted == shipped.index(ARCH)["kernels"][variant.key]["matrix_instructions"]
+
+
+@each_variant
+def test_its_listing_covers_its_code(variant: Variant) -> None:
+    code = code_objects()[variant.key]
+    instructions = listed(code.blob, ARCH)
+    assert instructions is not None
+    assert instructions[0].address == code.entry
+    assert any(instruction.name == "s_endpgm" for instruction in instructions)
+    ends = [i.address + i.size for i in instructions]
+    assert [i.address for i in instructions[1:]] == ends[:-1]
+    assert ends[-1] <= code.image.size
+
+
+def test_the_listings_are_what_a_disassembler_says() -> None:
+    try:
+        program = disassembler(ARCH)
+    except Exception as error:
+        pytest.skip(f"nothing to compare with: {error}")
+    assert program
+    for key, code in code_objects().items():
+        assert listed(code.blob, ARCH) == tuple(disassemble(code.blob, ARCH)), key
+
+
+def test_without_a_disassembler_shipped_code_runs_and_other_code_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(code_object.shutil, "which", lambda name: None)
+    blob = next(iter(code_objects().values())).blob
+    assert CodeObject.parse(blob).instructions
+    with pytest.raises(code_object.PluginLoadError, match="no disassembler for gfx942"):
+        tuple(CodeObject.parse(blob + b"\0").instructions)
