@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from itertools import pairwise
-
-os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are defined
 
 import pytest
 import torch
@@ -18,7 +15,6 @@ from attn_fa3.kernels import tree as tree_kernel
 from attn_fa3.queries import quantize
 from torch import Tensor
 
-torch.set_num_threads(1)
 PARENTS = [[-1, 0, 0, 1, 3, -1], [-1, 0, 1, 2, 3, 4], [-1, -1, -1, 0, 1, 2]]
 
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are defined
-
 import pytest
 import torch
 from attn_core.runtime.batch import ForwardBatch, ForwardMode, TreeMask
 from attn_flashinfer import masks, page_indices, sinks
 from attn_flashinfer.kernels import metadata
 
-torch.set_num_threads(1)
 PARENTS = [[-1, 0, 0, 1, 3, -1], [-1, 0, 1, 2, 3, 4]]
 
 
