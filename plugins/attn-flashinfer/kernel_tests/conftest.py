@@ -1,4 +1,4 @@
-"""Triton's interpreter, chosen before kernels are defined, with loops over numbers that it cannot read from new numpy."""
+"""Triton's interpreter, chosen before kernels are defined, and with loops that newer numpy takes from it."""
 
 from __future__ import annotations
 
