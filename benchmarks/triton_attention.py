@@ -59,6 +59,7 @@ VARIANTS: Final[Mapping[str, Mapping[str, Any]]] = {
     "plain": {"gluon": False},
     "m32w8s3": {"gluon": False, **decode(32, 8, 3, 1)},
     "longest": {"gluon_by_head": False},
+    "single": {"twin": False},
     "e128x128w8s3l": {"gluon": False, **extend(128, 128, 8, 3, by_head=False)},
     "e128x64w8s3": {"gluon": False, **extend(128, 64, 8, 3)},
     "f128w4s3x2": decode(128, 4, 3, 2),
@@ -70,7 +71,7 @@ FITTING: Final[Mapping[str, tuple[str, ...]]] = {
     "decode": ("table", "device", "stream", "d128w8s3", "d128w4s3", "d64w4s4", "d64w4s3"),
     "mixed": ("table", "d64w4s2x3", "d64w4s3x3", "d128w4s2x2", "d64w4s4x2"),
     "mla": ("table", "device", "plain"),
-    "extend": ("table", "longest", "plain"),
+    "extend": ("table", "longest", "single", "plain"),
     "fp8": ("table", "f128w4s3x2", "f128w8s3x2", "f64w4s4x3"),
 }
 
@@ -117,7 +118,7 @@ def speed(given: argparse.Namespace, deadline: float) -> None:
     """Every shape with every variant that was right, and the peers; written as it goes."""
     benches = given.bench.split(",")
     jobs = [(shape, kv, name) for shape, kv in shapes(benches) for name in chosen(given.variants, shape, kv)]
-    good = compiled_and_right(jobs, given.workers, deadline)
+    good = compiled_and_right(jobs, given.workers, deadline - given.budget / 3)
     rows: list[Row] = []
     for shape, kv in shapes(benches):
         ours = [name for name in chosen(given.variants, shape, kv) if (shape.name, kv, name) in good]
@@ -155,15 +156,22 @@ def compiled_and_right(
     """The error of every job that ran and was right, tried side by side: this is also what fills the compile cache."""
     good: dict[tuple[str, str, str], float] = {}
     begun = time.monotonic()
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        waiting = {pool.submit(error_of, *job): job for job in jobs}
-        for done in as_completed(waiting):
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    waiting = {pool.submit(error_of, *job): job for job in jobs}
+    try:
+        for done in as_completed(waiting, timeout=max(1.0, deadline - begun)):
             shape, kv, name = waiting[done]
             error = done.result()
             if isinstance(error, float) and error < 1e-2:
                 good[shape.name, kv, name] = error
             else:
                 print(f"BAD {shape.name} {kv} {name}: {error}", flush=True)
+    except TimeoutError:
+        late = [f"{job[0].name} {job[1]} {job[2]}" for future, job in waiting.items() if not future.done()]
+        print(f"NOT DONE {late}", flush=True)
+    for process in list((pool._processes or {}).values()):  # one that hangs keeps the device busy
+        process.kill()
+    pool.shutdown(wait=True, cancel_futures=True)
     print(f"{len(good)} of {len(jobs)} right after {time.monotonic() - begun:.0f} s", flush=True)
     return good
 

@@ -4,7 +4,7 @@ oracle.
 python benchmarks/triton_check.py verify --tier contract --out FOLDER --workers 15 --seconds 50
 python benchmarks/triton_check.py cases ID... --out FOLDER
 python benchmarks/triton_check.py random --seeds 0:400 --workers 15 --seconds 40
-compute-sanitizer --tool racecheck python benchmarks/triton_check.py random --seeds 0:3 --workers 0
+compute-sanitizer --tool racecheck python benchmarks/triton_check.py small
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "plugins/attn-trito
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("verify", "cases", "random"))
+    parser.add_argument("what", choices=("verify", "cases", "random", "small"))
     parser.add_argument("ids", nargs="*", help="Cases of the kit.")
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--tier", default="contract")
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=100.0, help="What is not done by then is named.")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    run = {"verify": verify, "cases": cases, "random": random_steps}[given.what]
+    run = {"verify": verify, "cases": cases, "random": random_steps, "small": small_steps}[given.what]
     sys.exit(run(given))
 
 
@@ -86,6 +86,20 @@ def random_steps(given: argparse.Namespace) -> int:
         found = random_step(seed)
         print(seed, found or "ok", flush=True)
         bad += found is not None
+    return int(bool(bad))
+
+
+def small_steps(given: argparse.Namespace) -> int:
+    """A small step for every kernel, one after the other: what a sanitizer is to watch."""
+    from chosen_steps import STEPS, step_faults  # type: ignore[import-not-found]
+
+    bad = 0
+    for name, step in STEPS.items():
+        if given.ids and name not in given.ids:
+            continue
+        found = step_faults(step, "cuda")
+        print(f"{name}: {found or 'ok'}", flush=True)
+        bad += bool(found)
     return int(bool(bad))
 
 

@@ -6,7 +6,7 @@
 #   checks   fixed, memory and verify side by side, on WORKERS (11) processes beside them
 #   speed    every named shape beside its peers, at most SPEED seconds (60); plots
 #   host     microseconds of the host, bytes of the graphs' state
-#   memory   compute-sanitizer memcheck, and race: racecheck, on random steps SEEDS (0:3)
+#   memory   compute-sanitizer, memcheck and racecheck side by side, over a small step for every kernel
 #   random   random steps against the oracle, RANDOM seconds (40)
 #   ceiling  what the card can do
 set -u
@@ -50,8 +50,8 @@ verify() {
     --seconds "${VERIFY:-50}" --out "$R"
 }
 sanitize() {
-  timeout "${VERIFY:-50}" compute-sanitizer --tool "$1" python3 benchmarks/triton_check.py random --seeds "${SEEDS:-0:3}" \
-    --workers 0 2>&1 | tee "$R/$1.txt" | tail -8 | cut -c1-300
+  timeout "$(( ${VERIFY:-50} + 20 ))" compute-sanitizer --tool "$1" python3 benchmarks/triton_check.py small 2>&1 |
+    tee "$R/$1.txt" | tail -22 | cut -c1-200
 }
 memory() { sanitize memcheck & sanitize racecheck & wait; }
 for stage in "$@"; do

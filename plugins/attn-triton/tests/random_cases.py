@@ -74,7 +74,10 @@ def make_scene(seed: int, device: str, scale: Scale) -> Scene:
         batch_invariant=draw.random() < 0.2,
     )
     batch, cache = _batch(draw, generator, mode, config, device, scale)
-    tokens = batch.num_tokens if not kind.cross else batch.encoder_slot_mapping.shape[0]
+    tokens = batch.num_tokens
+    if kind.cross:
+        assert batch.encoder_slot_mapping is not None
+        tokens = batch.encoder_slot_mapping.shape[0]
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(TORCH_DTYPES[config.dtype]).to(device)
@@ -106,8 +109,8 @@ def fault(scene: Scene) -> str | None:
     if not found:
         return None
     batch, query = scene.batch, scene.batch.query_start_loc.diff().tolist()
-    step = f"{batch.mode.name} query {query} lengths {batch.seq_lens.tolist()} tree {batch.tree is not None} spans {batch.spans}"
-    return f"{'; '.join(map(str, found))}: {scene.config} {step}"
+    step = f"{batch.mode.name} query {query} lengths {batch.seq_lens.tolist()} tree {batch.tree is not None}"
+    return f"{'; '.join(map(str, found))}: {scene.config} {step} spans {batch.spans}"
 
 
 def _kind(draw: random.Random, scale: Scale) -> LayerKind:
@@ -132,6 +135,7 @@ def _batch(
     scale: Scale,
 ) -> tuple[ForwardBatch, KVCache]:
     size, page = draw.randint(1, scale.most_requests), config.page_size
+    assert page is not None
     cross = config.layers[0].cross
     query = _query_lens(draw, mode, size, scale)
     total = [n + draw.choice(scale.prefixes) for n in query]
@@ -141,7 +145,7 @@ def _batch(
     pages = [[next(order) for _ in range(count)] for count in counts]
     own, others = pages[:size], pages[size:]
     cache = KVCache.allocate(config, num_pages=sum(counts) + 3, device=device)
-    _fill(cache, generator, list(zip([*total, *encoder], pages, strict=True)))
+    fill(cache, generator, list(zip([*total, *encoder], pages, strict=True)))
     batch = ForwardBatch.build(
         mode, query_lens=query, seq_lens=total, pages=own, page_size=page, device=device,
         tree=_tree(draw, query, device) if mode is ForwardMode.TARGET_VERIFY and draw.random() < 0.6 else None,
@@ -175,7 +179,7 @@ def _spans(draw: random.Random, total: list[int]) -> list[list[tuple[int, int]]]
     return [[(start, start + draw.choice((3, 30)))] if draw.random() < 0.7 else [] for start in starts]
 
 
-def _fill(cache: KVCache, generator: torch.Generator, sequences: list[tuple[int, list[int]]]) -> None:
+def fill(cache: KVCache, generator: torch.Generator, sequences: list[tuple[int, list[int]]]) -> None:
     """Normal numbers where tokens lie, NaN in every other place of the pool."""
     named = torch.tensor(sorted(chain.from_iterable(pages for _, pages in sequences)), dtype=torch.int64)
     for pool in (cache.k_nhd(0), cache.v_nhd(0, cache.k(0).shape[-1])):

@@ -13,7 +13,9 @@ INTERPRETER = "interpreter"
 
 @dataclass(frozen=True, slots=True)
 class Chip:
-    """``arch`` as manifests name it (sm_90, gfx942), multiprocessors, bytes of shared memory that one block can have."""
+    """``arch`` as manifests name it (sm_90, gfx942), multiprocessors, bytes of shared memory that one block can
+    have.
+    """
 
     arch: str
     multiprocessors: int

@@ -80,7 +80,8 @@ class DecodeKernels:
         constants = {
             **geometry.head_constants(), **geometry.pool_constants(), "TILES": cut.tiles, "BM": cut.tile.block_m,
             "BN": cut.tile.block_n, "STAGES": cut.tile.stages, "FIXED": cut.fixed, "SINGLE": step.single,
-            "CROSS": kind.cross, "TREE": tree is not None, "Q_TREE": 1 if tree is None else tree.shape[-1], "WINDOW": kind.window is not None,
+            "CROSS": kind.cross, "TREE": tree is not None, "Q_TREE": 1 if tree is None else tree.shape[-1],
+            "WINDOW": kind.window is not None,
             "HAS_CAP": kind.has_cap, "HAS_SINKS": kind.sinks is not None, "HAS_LSE": lse is not None, "PDL": pdl,
         }  # fmt: skip
         options = {"num_warps": cut.tile.warps, "num_stages": cut.tile.stages, **({"launch_pdl": True} if pdl else {})}

@@ -121,7 +121,8 @@ class ExtendKernels:
                 q, layer.k_pool, layer.v_pool, _or(rows.pages, none), _or(rows.lengths, none), rows.starts,
                 _or(rows.key_starts, none), _or(rows.spans, none), _or(rows.tree, none), _or(rows.depths, none),
                 _or(layer.layer.sinks, none), out, _or(lse, none), _or(tile_map, none), rows.batch, blocks,
-                0 if rows.spans is None else rows.spans.shape[1], 0, 0, 0, 0, 0 if rows.pages is None else rows.pages.stride(0),
+                0 if rows.spans is None else rows.spans.shape[1], 0, 0, 0, 0,
+                0 if rows.pages is None else rows.pages.stride(0),
                 kind.window or 0, 1.0, 0.0, 1.0,
             ],
             moving=MOVING,
@@ -130,7 +131,9 @@ class ExtendKernels:
         return BoundExtend(attend, programs)
 
     def _blocks(self, rows: Rows, tile: ExtendTile, group: int, *, captured: bool) -> tuple[int, Tensor | None]:
-        """Row blocks of each request, or, where requests differ too much, of all of them with a map of which is whose."""
+        """Row blocks of each request, or, where requests differ too much, of all of them with a map of which is
+        whose.
+        """
         each = -(-rows.max_query_len * group // tile.block_m)
         exact = rows.num_tokens * group // tile.block_m + rows.batch
         if captured or each * rows.batch <= exact:

@@ -44,7 +44,8 @@ class Captured:
         tree = self._tree(batch)
         encoder_lengths, encoder_pages = self._encoder(batch)
         refresh.place(
-            batch.seq_lens, batch.query_start_loc, batch.page_table, batch.slot_mapping, tree, encoder_lengths, encoder_pages
+            batch.seq_lens, batch.query_start_loc, batch.page_table, batch.slot_mapping, tree, encoder_lengths,
+            encoder_pages,
         )  # fmt: skip
         refresh.values[PAGES_STRIDE] = batch.page_table.stride(0)
         if encoder_pages is not None:
@@ -153,7 +154,8 @@ class GraphBuffers:
         captured = self._captured.get(form(batch))
         if captured is None:
             raise BatchError(
-                f"a replay of {batch.mode.name} with {batch.batch_size} requests and {batch.num_tokens} tokens, which was not captured",
+                f"a replay of {batch.mode.name} with {batch.batch_size} requests and {batch.num_tokens} tokens, "
+                "which was not captured",
                 accepted=[f"{mode.name} {size} requests {tokens} tokens" for mode, size, tokens, _ in self._captured],
             )
         captured.fill(batch)
@@ -175,8 +177,10 @@ class GraphBuffers:
         args = [
             like.own.lengths, step.own.lengths, like.starts, step.starts, like.own.pages, step.own.pages, like.slots,
             step.slots, *_pair(like.tree, tree, none), none if step.depths is None else step.depths,
-            *_pair(_lengths(like.encoder), _lengths(encoder), none), *_pair(_pages(like.encoder), _pages(encoder), none),
-            step.batch_size, step.num_tokens, 0, step.own.pages.stride(0), 0, 0 if encoder is None else encoder.pages.stride(0),
+            *_pair(_lengths(like.encoder), _lengths(encoder), none),
+            *_pair(_pages(like.encoder), _pages(encoder), none),
+            step.batch_size, step.num_tokens, 0, step.own.pages.stride(0), 0,
+            0 if encoder is None else encoder.pages.stride(0),
         ]  # fmt: skip
         return Bound(launcher, args, moving=MOVING)
 

@@ -32,7 +32,9 @@ BOXES, STRIDES, SCALES = slice(0, 4), slice(15, 17), slice(18, 20)
 
 
 def takes(chip: Chip, kind: Kind, step: Step | None) -> bool:
-    """Whether the kernel computes layers of ``kind`` in ``step`` (None: in some step). Everything else is the plain kernel's."""
+    """Whether the kernel computes layers of ``kind`` in ``step`` (None: in some step). Everything else is the plain
+    kernel's.
+    """
     g = kind.geometry
     fits = (
         g.values_in_keys

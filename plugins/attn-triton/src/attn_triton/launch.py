@@ -99,7 +99,9 @@ class Launcher:
 
 
 def direct(kernel: Any) -> Callable[..., None]:
-    """``launch(x, y, stream, *arguments)`` of a compiled kernel, past the parts of Triton's launcher that it does not need."""
+    """``launch(x, y, stream, *arguments)`` of a compiled kernel, past the parts of Triton's launcher that it does
+    not need.
+    """
     kernel._init_handles()
     run, function, packed = kernel.run, kernel.function, kernel.packed_metadata
     scratch = getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1)

@@ -1,4 +1,6 @@
-"""How a step's keys are shared out to programs, and how what they found is joined: schedules, partial results, the merge."""
+"""How a step's keys are shared out to programs, and how what they found is joined: schedules, partial results, the
+merge.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ STRIDES = slice(10, 12)
 
 @dataclass(slots=True, eq=False)
 class Schedule:
-    """The line of blocks of a step, cut: line [B + 1], bounds [groups + 1], first [groups], owners [B, 2], all int32."""
+    """The line of blocks of a step, cut: line [B + 1], bounds [groups + 1], first [groups], owners [B, 2], all
+    int32.
+    """
 
     line: Tensor
     bounds: Tensor

@@ -25,7 +25,9 @@ def attend_rows(
     out: Tensor,
     lse: Tensor | None,
 ) -> None:
-    """Fill out [T, Hq, Dv] (and lse [T, Hq]) from k [S, Hkv, Dqk] and v [S, Hkv, Dv]. Raises ConfigError, BatchError."""
+    """Fill out [T, Hq, Dv] (and lse [T, Hq]) from k [S, Hkv, Dqk] and v [S, Hkv, Dv]. Raises ConfigError,
+    BatchError.
+    """
     if layer.sliding_window is not None and not causal:
         raise ConfigError(
             f"layer {layer.layer_id}: a window of {layer.sliding_window} on keys that are not causal",

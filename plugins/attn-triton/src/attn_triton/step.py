@@ -1,4 +1,6 @@
-"""What one step looks like to the kernels: the batch's tensors in the form they take, and what was prepared from them."""
+"""What one step looks like to the kernels: the batch's tensors in the form they take, and what was prepared from
+them.
+"""
 
 from __future__ import annotations
 

@@ -44,9 +44,9 @@ def bind_write(launchers: Launchers, layer: BoundLayer, k: Tensor, v: Tensor | N
     padded, v_padded = power_of_two_from(geometry.qk_dim), power_of_two_from(geometry.v_dim)
     tokens = max(1, min(16, PROGRAM_ELEMENTS // (heads * padded)))
     constants = {
-        **geometry.pool_constants(), "TOKENS": tokens, "HKV": geometry.num_kv_heads, "HEADS": heads, "D": geometry.qk_dim,
-        "D_PADDED": padded, "DV": geometry.v_dim, "V_PADDED": v_padded, "HAS_V": v is not None, "LIMIT": geometry.fp8_limit,
-        "ALIGNED": aligned(k, v), "PDL": launchers.dependent,
+        **geometry.pool_constants(), "TOKENS": tokens, "HKV": geometry.num_kv_heads, "HEADS": heads,
+        "D": geometry.qk_dim, "D_PADDED": padded, "DV": geometry.v_dim, "V_PADDED": v_padded, "HAS_V": v is not None,
+        "LIMIT": geometry.fp8_limit, "ALIGNED": aligned(k, v), "PDL": launchers.dependent,
     }  # fmt: skip
     values = k if v is None else v
     launcher = launchers.get(write_kernel, constants, {"num_warps": 4}, (k.dtype, values.dtype, geometry.kv_dtype))

@@ -1,0 +1,118 @@
+"""Small steps that between them launch every kernel, in the forms that a GPU runs: for the machine that runs PTX,
+and for
+the sanitizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from attn_core.planning.config import AttentionConfig, LayerKind
+from attn_core.runtime.batch import ForwardBatch, ForwardMode, TreeMask
+from attn_core.runtime.kv_cache import TORCH_DTYPES, KVCache
+from attn_core.runtime.layer import AttentionLayer
+from attn_core.testing.checks import Output, output_faults
+from attn_core.testing.reference import problems
+from attn_core.testing.tolerances import Precision, expect
+from attn_triton.backend import TritonBackend
+from random_cases import fill
+
+Backend = Callable[[AttentionConfig, KVCache], TritonBackend]
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenStep:
+    """New tokens and cached ones of each request, and what the layer is. ``blind``: the host knows no lengths."""
+
+    new: tuple[int, ...]
+    cached: tuple[int, ...]
+    mode: ForwardMode = ForwardMode.EXTEND
+    heads: tuple[int, int] = (4, 1)
+    widths: tuple[int, int] = (128, 128)
+    dtype: str = "bfloat16"
+    kv_dtype: str = "auto"
+    page: int = 16
+    layout: str = "NHD"
+    kind: dict[str, Any] = field(default_factory=dict)
+    tree: bool = False
+    blind: bool = False
+
+
+_DECODE, _EXTEND, _VERIFY = ForwardMode.DECODE, ForwardMode.EXTEND, ForwardMode.TARGET_VERIFY
+_MLA: Final[dict[str, Any]] = {"heads": (16, 1), "widths": (576, 512), "page": 64, "layout": "MLA"}
+
+STEPS: Final[dict[str, ChosenStep]] = {
+    "decode in pieces": ChosenStep((1,), (300,), _DECODE),
+    "decode in equal pieces of a line": ChosenStep((1, 1, 1), (500, 3, 60), _DECODE, heads=(6, 2)),
+    "decode without the lengths": ChosenStep((1, 1), (200, 190), _DECODE, heads=(8, 2), blind=True),
+    "decode with a window, a cap and sinks": ChosenStep(
+        (1, 1), (150, 40), _DECODE, widths=(80, 80), dtype="float16", page=8, layout="HND",
+        kind={"sliding_window": 50, "softcap": 20.0, "sinks": True},
+    ),
+    "decode over fp8": ChosenStep((1, 1), (150, 40), _DECODE, kv_dtype="fp8_e4m3"),
+    "verify a tree": ChosenStep((4, 4), (70, 20), _VERIFY, tree=True),
+    "verify many rows": ChosenStep((4,), (150,), _VERIFY, heads=(16, 1), kv_dtype="fp8_e5m2"),
+    "extend by the copy engine": ChosenStep((40, 1), (300, 5), heads=(4, 2), page=64, layout="HND", dtype="float16"),
+    "extend by the copy engine, over many tiles": ChosenStep((20,), (800,)),
+    "extend by the copy engine, mapped": ChosenStep((150, 2, 3), (0, 10, 200), heads=(2, 1), page=32),
+    "extend with a window": ChosenStep((70,), (60,), widths=(96, 96), kind={"sliding_window": 40}),
+    "extend over fp8, keys and values of two widths": ChosenStep(
+        (65,), (30,), widths=(64, 32), kv_dtype="fp8_e5m2", dtype="float16", page=64
+    ),
+    "extend with a tree": ChosenStep((5, 5), (20, 100), _VERIFY, heads=(16, 1), tree=True, kind={"sliding_window": 30}),
+    "extend MLA": ChosenStep((6,), (40,), **{**_MLA, "widths": (80, 64)}),
+    "decode MLA by the copy engine": ChosenStep((1,), (90,), _DECODE, **_MLA),
+    "decode MLA by the copy engine, a line": ChosenStep((1, 1), (700, 3), _DECODE, **_MLA),
+}  # fmt: skip
+
+
+def step_faults(step: ChosenStep, device: str, backend: Backend = TritonBackend) -> list[str]:
+    """What is wrong with the backend's answer to a step, with NaN wherever no token lies."""
+    config, layer, batch, cache, inputs = _made(step, device)
+    made = backend(config, cache)
+    made.init_forward_metadata(batch)
+    out, lse = made.forward(*inputs, layer, batch, return_lse=True)
+    every = problems(inputs[0], layer, batch, cache)
+    expected = expect(every, inputs[0], layer, Precision.of(inputs[0].dtype))
+    return [str(found) for found in output_faults(Output(out, lse), expected, "")]
+
+
+def _made(
+    step: ChosenStep, device: str
+) -> tuple[AttentionConfig, AttentionLayer, ForwardBatch, KVCache, tuple[Any, Any, Any]]:
+    generator = torch.Generator().manual_seed(7)
+    (q_heads, kv_heads), (qk, v_width) = step.heads, step.widths
+    mla = step.layout == "MLA"
+    kind = LayerKind(
+        q_heads, kv_heads, qk, v_width, kind="mla" if mla else "mha", scale=qk**-0.5, layer_ids=(0,), **step.kind
+    )
+    config = AttentionConfig(
+        layers=(kind,), dtype=step.dtype, kv_cache_dtype=step.kv_dtype, page_size=step.page, kv_layout=step.layout
+    )
+    total = [new + cached for new, cached in zip(step.new, step.cached, strict=True)]
+    counts = [-(-n // step.page) for n in total]
+    order = iter((torch.randperm(sum(counts), generator=generator) + 1).tolist())
+    pages = [[next(order) for _ in range(count)] for count in counts]
+    cache = KVCache.allocate(config, num_pages=sum(counts) + 2, device=device)
+    fill(cache, generator, list(zip(total, pages, strict=True)))
+    tree = None
+    if step.tree:
+        parents = torch.tensor([[-1, 0, 0, 1, 2][: step.new[0]]] * len(step.new))
+        tree = TreeMask(TreeMask.from_parents(parents).visible.to(device))
+    batch = ForwardBatch.build(
+        step.mode, query_lens=step.new, seq_lens=total, pages=pages, page_size=step.page, device=device, tree=tree
+    )
+    if step.blind:
+        batch.seq_lens_cpu = None
+
+    def normal(heads: int, width: int) -> torch.Tensor:
+        return torch.randn(sum(step.new), heads, width, generator=generator).to(TORCH_DTYPES[step.dtype]).to(device)
+
+    sinks = torch.randn(q_heads, generator=generator).to(device) if kind.sinks else None
+    scaled = {} if step.kv_dtype == "auto" else {"k_scale": 0.7, "v_scale": 0.7 if mla else 1.3}
+    layer = AttentionLayer.of_kind(kind, 0, sinks=sinks, **scaled)
+    v = None if mla else normal(kv_heads, v_width)
+    return config, layer, batch, cache, (normal(q_heads, qk), normal(kv_heads, qk), v)

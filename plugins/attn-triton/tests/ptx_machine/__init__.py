@@ -1,0 +1,1 @@
+"""A machine that runs PTX on a CPU: what the compiler made of a kernel, with every address checked."""
