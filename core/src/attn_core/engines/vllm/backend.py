@@ -103,8 +103,7 @@ class AttnBackend(AttentionBackend):  # type: ignore[misc]
         if model is None:
             return [MultipleOf(1)]
         base = model.blocks.multiple
-        others = [size for size in model.blocks.sizes if base is None or size % base]
-        return [*others, MultipleOf(base)] if base else others
+        return [*model.blocks.others, *([] if base is None else [MultipleOf(base)])]
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:

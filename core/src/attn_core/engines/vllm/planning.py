@@ -96,14 +96,14 @@ def refusals(vllm_config: Any, backend: str, facts: Mapping[str, Any]) -> list[s
     try:
         config = serving_config(vllm_config, (_guessed_kind(vllm_config, facts),), facts["kv_cache_dtype"])
         made = make_plan(config, backend, phases_of(vllm_config), system_here(), quiet=True)
-        sizes = blocks_of(made).sizes
+        blocks = blocks_of(made)
     except AttnError as error:
         hint = [f"next: {error.hint}"] if error.hint else []
         accepted = [f"accepted: {error.accepted}"] if error.accepted else []
         return [error.message, *accepted, *(line.strip() for line in error.trace), *hint]
     asked = facts["block_size"]
-    if asked is not None and not any(asked % size == 0 for size in sizes):
-        return [f"block_size {asked}, accepted: multiples of {', '.join(map(str, sizes))}"]
+    if asked is not None and not any(asked % size == 0 for size in blocks.sizes):
+        return [f"block_size {asked}, accepted: multiples of {blocks}"]
     return []
 
 
@@ -145,6 +145,14 @@ class Blocks:
         """The smallest size whose every multiple is among the sizes, None if there is none."""
         known = set(self.sizes)
         return next((n for n in self.sizes if all(m in known for m in range(n, _LARGEST_BLOCK + 1, n))), None)
+
+    @property
+    def others(self) -> tuple[int, ...]:
+        """The sizes that are no multiples of ``multiple``."""
+        return tuple(n for n in self.sizes if self.multiple is None or n % self.multiple)
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, (*self.others, *filter(None, [self.multiple]))))
 
 
 def blocks_of(whole: Plan) -> Blocks:
