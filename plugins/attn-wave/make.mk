@@ -1,13 +1,37 @@
-# Wave's compiler, for whoever changes a kernel: an environment of its own over .venv. The tests need none of it: what was
-# compiled lies in the package, and is checked against the sources.
-WAVE_ENV := .venvs/wave
+# The backend through Wave's real runtime, of which only the wheel's own megabyte is needed, over a fake libamdhip64; and
+# Wave's compiler, for whoever changes a kernel: what it made lies in the package, and tests hold it to the sources.
+WAVE_RUNTIME := .venvs/wave-runtime
+WAVE_ENV     := .venvs/wave
+WAVE_TESTS   := plugins/attn-wave/tests/hip_launches
+WAVE_VERSION := 3.9.1
+PLUGIN_TESTS += test-wave-runtime
 
-.PHONY: wave-compile
+.PHONY: test-wave-runtime wave-compile
 
-$(WAVE_ENV)/.ready: $(VENV)/.plugins
-	@echo "setup: wave-lang 3.9.1 in $(WAVE_ENV)"
-	@rm -rf $(WAVE_ENV) && $(BIN)/python -m venv --without-pip $(WAVE_ENV)
+# An empty environment over .venv: $(1) is its folder, the rest what pip installs there.
+define wave-environment
+	@rm -rf $(1) && $(BIN)/python -m venv --without-pip $(1)
 	@printf "import site; site.addsitedir('%s')\n" "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
-		> "$$(echo $(WAVE_ENV)/lib/python*/site-packages)/workspace.pth"
-	@$(PIP) --python $(WAVE_ENV)/bin/python install --quiet wave-lang==3.9.1
+		> "$$(echo $(1)/lib/python*/site-packages)/workspace.pth"
+	@$(PIP) --python $(1)/bin/python install --quiet $(2)
+endef
+
+$(WAVE_RUNTIME)/.ready: $(VENV)/.plugins $(WAVE_TESTS)/hip.c
+	@echo "setup: the runtime of wave-lang $(WAVE_VERSION) in $(WAVE_RUNTIME)"
+	$(call wave-environment,$(WAVE_RUNTIME),--no-deps wave-lang==$(WAVE_VERSION))
+	@mkdir -p $(WAVE_RUNTIME)/hip
+	@cc -shared -fPIC -O1 -Wall -Werror -o $(WAVE_RUNTIME)/hip/libamdhip64.so $(WAVE_TESTS)/hip.c
 	@touch $@
+
+test-wave-runtime: $(WAVE_RUNTIME)/.ready
+	LD_LIBRARY_PATH=$(WAVE_RUNTIME)/hip $(WAVE_RUNTIME)/bin/python -m pytest $(WAVE_TESTS)
+
+# 400 MB with IREE's compiler
+$(WAVE_ENV)/.ready: $(VENV)/.plugins
+	@echo "setup: wave-lang $(WAVE_VERSION) and its compiler in $(WAVE_ENV)"
+	$(call wave-environment,$(WAVE_ENV),wave-lang==$(WAVE_VERSION))
+	@touch $@
+
+# Three minutes of one core; needs llvm-objdump of LLVM 17 or newer for the listings.
+wave-compile: $(WAVE_ENV)/.ready
+	$(WAVE_ENV)/bin/python plugins/attn-wave/tools/ship_kernels.py gfx942

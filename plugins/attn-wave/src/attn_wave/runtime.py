@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from attn_core.errors import ConfigError, PluginLoadError
+from attn_core.errors import ConfigError, KernelError, PluginLoadError
 from attn_core.planning.system import detect
 from torch import Tensor
 
@@ -53,7 +54,8 @@ class Kernel:
         addresses = self.runtime.Int64Vector([tensor.data_ptr() for tensor in given.values()])
         if self.runtime is emulated:
             emulated.lend(given, WRITTEN)
-        self.runtime.launch(info, addresses, self.runtime.Int64Vector(list(sizes)), [])
+        with _hip_errors(self.code.name):
+            self.runtime.launch(info, addresses, self.runtime.Int64Vector(list(sizes)), [])
 
 
 def load(code: Compiled) -> Kernel:
@@ -62,8 +64,18 @@ def load(code: Compiled) -> Kernel:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{code.name}.hsaco"
         path.write_bytes(code.blob)
-        binary, function = runtime.load_binary(str(path), code.name)
+        with _hip_errors(code.name):
+            binary, function = runtime.load_binary(str(path), code.name)
     return Kernel(code, runtime, binary, function)
+
+
+@contextmanager
+def _hip_errors(name: str) -> Iterator[None]:
+    """What HIP refuses, which Wave's runtime raises as RuntimeError, as KernelError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise KernelError(f"kernel {name}: {error}", hint="attn doctor shows the device and its driver") from error
 
 
 @cache

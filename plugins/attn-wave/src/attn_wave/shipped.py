@@ -62,7 +62,10 @@ def _cached(variant: Variant, arch: str) -> Compiled | None:
     blob = record.with_suffix(".hsaco")
     if not (record.is_file() and blob.is_file()):
         return None
-    return _loaded(json.loads(record.read_text(encoding="utf-8")), blob.read_bytes())
+    try:
+        return _loaded(json.loads(record.read_text(encoding="utf-8")), blob.read_bytes())
+    except (OSError, ValueError):  # a file that another process removes, or one cut short
+        return None
 
 
 def _compile(variant: Variant, arch: str) -> Compiled:

@@ -1,0 +1,1 @@
+"""Tests of the launch through the real wave_runtime."""
