@@ -203,6 +203,22 @@ def test_scenes_are_the_same_each_time_and_poison_spares_what_is_named(target: T
     assert finite == 5 + 20 + 1  # both prefixes, and the one token in three that is written already
 
 
+@pytest.mark.parametrize("option", ["steps", "graph"])
+def test_every_key_that_a_later_step_sees_is_in_the_cache_or_written_before_it(target: Target, option: str) -> None:
+    """Holes of a second step were junk once: right backends failed."""
+    config = target.plan(Case.parse("extend/8x2x64/7@5,4@20/batch=2/dtype=float32/holes")).config
+    scene = Scene(
+        Case.parse(f"extend/8x2x64/7@5,4@20/batch=2/dtype=float32/holes/{option}"), config, torch.device("cpu")
+    )
+    cache = scene.allocate()
+    scene.fill(cache, poison=True)
+    there = cache.k_nhd(0).isfinite().flatten(2).all(-1).flatten()
+    for step in (step for wave in scene.waves for step in wave):
+        there[step.written[0]] = True
+        for s, length in zip(step.sequences, step.batch.seq_lens.tolist(), strict=True):
+            assert bool(there[scene.slots(s, range(length))].all()), (option, s)
+
+
 def test_failures_are_explained_by_the_claim_they_share(target: Target) -> None:
     from attn_core.testing.checks import Fault
     from attn_core.testing.run import Result

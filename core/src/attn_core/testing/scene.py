@@ -181,14 +181,14 @@ class Scene:
                     _fill_pool(cache.v_nhd(layer.layer_id), truth.v, truth.junk_v, known, layer.v_scale, poison)
 
     def _known(self, layer: AttentionLayer) -> Tensor:
-        """The slots whose tokens are in the cache before the first step."""
+        """The slots whose tokens are in the cache before the first step: prefixes, and the holes of every step."""
         found: list[int] = []
         for s, request in enumerate(self.sequences):
             if not layer.cross:
                 found += self.slots(s, range(request.prefix))
-                found += (
-                    self.slots(s, range(request.prefix, request.seq_len))[2::3] if "holes" in self.case.options else []
-                )
+                for wave in range(self._num_waves() if "holes" in self.case.options else 0):
+                    start = request.prefix + wave * request.new
+                    found += self.slots(s, range(start, start + request.new))[2::3]
             elif not self._writes_encoder(0):
                 found += slots_of(self.encoder_pages[s], range(request.encoder), self.page_size)
         return torch.tensor(found, dtype=torch.int64, device=self.device)
