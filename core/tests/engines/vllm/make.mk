@@ -3,6 +3,7 @@
 VLLM_ENV   := .venvs/vllm
 VLLM_TESTS := core/tests/engines/vllm
 VLLM_PIP    = $(PIP) --python $(VLLM_ENV)/bin/python install --quiet
+PLUGIN_TESTS += test-vllm
 OWN_TESTS    += $(VLLM_TESTS)
 
 .PHONY: test-vllm bench-vllm
@@ -22,7 +23,7 @@ $(VLLM_ENV)/.ready: $(VENV)/.plugins $(VLLM_TESTS)/requirements.py
 	@touch $@
 
 test-vllm: $(VLLM_ENV)/.ready
-	$(VLLM_ENV)/bin/python -m pytest $(VLLM_TESTS)
+	$(VLLM_ENV)/bin/python -m pytest -n 2 --dist loadfile $(VLLM_TESTS)
 
 bench-vllm: $(VLLM_ENV)/.ready
 	$(VLLM_ENV)/bin/python benchmarks/engines_vllm.py
