@@ -16,5 +16,7 @@ $(TRITON_ENV)/.ready: $(VENV)/.plugins
 	@$(PIP) --python $(TRITON_ENV)/bin/python install --quiet --no-deps triton==3.6.0
 	@touch $@
 
+# Interpreted and compiled in processes of their own: a kernel is the one or the other from when it is defined.
 test-triton: $(TRITON_ENV)/.ready
-	TRITON_INTERPRET=1 $(TRITON_ENV)/bin/python -m pytest -n 2 $(TRITON_TESTS)
+	TRITON_INTERPRET=1 $(TRITON_ENV)/bin/python -m pytest -n 2 $(TRITON_TESTS)/interpreted
+	TRITON_CACHE_DIR=$(TRITON_ENV)/cache $(TRITON_ENV)/bin/python -m pytest -n 2 $(TRITON_TESTS)/compiled

@@ -25,8 +25,11 @@ Backend = Callable[[AttentionConfig, KVCache], TritonBackend]
 
 @dataclass(frozen=True, slots=True)
 class ChosenStep:
-    """New tokens and cached ones of each request, and what the layer is. ``blind``: the host knows no lengths."""
+    """``launches``: the kernels after the write, without ``_kernel``. ``new`` tokens and ``cached`` ones of each request,
+    and what the layer is. ``blind``: the host knows no lengths.
+    """
 
+    launches: str
     new: tuple[int, ...]
     cached: tuple[int, ...]
     mode: ForwardMode = ForwardMode.EXTEND
@@ -45,28 +48,45 @@ _DECODE, _EXTEND, _VERIFY = ForwardMode.DECODE, ForwardMode.EXTEND, ForwardMode.
 _MLA: Final[dict[str, Any]] = {"heads": (16, 1), "widths": (576, 512), "page": 64, "layout": "MLA"}
 
 STEPS: Final[dict[str, ChosenStep]] = {
-    "decode in pieces": ChosenStep((1,), (300,), _DECODE),
-    "decode in equal pieces of a line": ChosenStep((1, 1, 1), (500, 3, 60), _DECODE, heads=(6, 2)),
-    "decode without the lengths": ChosenStep((1, 1), (200, 190), _DECODE, heads=(8, 2), blind=True),
+    "decode in pieces": ChosenStep("decode merge", (1,), (300,), _DECODE),
+    "decode in equal pieces of a line": ChosenStep(
+        "schedule decode merge", (1, 1, 1), (500, 3, 60), _DECODE, heads=(6, 2)
+    ),
+    "decode without the lengths": ChosenStep(
+        "schedule decode merge", (1, 1), (200, 190), _DECODE, heads=(8, 2), blind=True
+    ),
     "decode with a window, a cap and sinks": ChosenStep(
-        (1, 1), (150, 40), _DECODE, widths=(80, 80), dtype="float16", page=8, layout="HND",
+        "decode",
+        (1, 1),
+        (150, 40),
+        _DECODE,
+        widths=(80, 80),
+        dtype="float16",
+        page=8,
+        layout="HND",
         kind={"sliding_window": 50, "softcap": 20.0, "sinks": True},
     ),
-    "decode over fp8": ChosenStep((1, 1), (150, 40), _DECODE, kv_dtype="fp8_e4m3"),
-    "verify a tree": ChosenStep((4, 4), (70, 20), _VERIFY, tree=True),
-    "verify many rows": ChosenStep((4,), (150,), _VERIFY, heads=(16, 1), kv_dtype="fp8_e5m2"),
-    "extend by the copy engine": ChosenStep((40, 1), (300, 5), heads=(4, 2), page=64, layout="HND", dtype="float16"),
-    "extend by the copy engine, over many tiles": ChosenStep((20,), (800,)),
-    "extend by the copy engine, mapped": ChosenStep((150, 2, 3), (0, 10, 200), heads=(2, 1), page=32),
-    "extend with a window": ChosenStep((70,), (60,), widths=(96, 96), kind={"sliding_window": 40}),
-    "extend over fp8, keys and values of two widths": ChosenStep(
-        (65,), (30,), widths=(64, 32), kv_dtype="fp8_e5m2", dtype="float16", page=64
+    "decode over fp8": ChosenStep("schedule decode merge", (1, 1), (150, 40), _DECODE, kv_dtype="fp8_e4m3"),
+    "verify a tree": ChosenStep("tree_depth schedule decode merge", (4, 4), (70, 20), _VERIFY, tree=True),
+    "verify many rows": ChosenStep("decode merge", (4,), (150,), _VERIFY, heads=(16, 1), kv_dtype="fp8_e5m2"),
+    "extend by the copy engine": ChosenStep(
+        "twin_extend", (40, 1), (300, 5), heads=(4, 2), page=64, layout="HND", dtype="float16"
     ),
-    "extend with a tree": ChosenStep((5, 5), (20, 100), _VERIFY, heads=(16, 1), tree=True, kind={"sliding_window": 30}),
-    "extend MLA": ChosenStep((6,), (40,), **{**_MLA, "widths": (80, 64)}),
-    "decode MLA by the copy engine": ChosenStep((1,), (90,), _DECODE, **_MLA),
-    "decode MLA by the copy engine, a line": ChosenStep((1, 1), (700, 3), _DECODE, **_MLA),
-}  # fmt: skip
+    "extend by the copy engine, over many tiles": ChosenStep("twin_extend", (20,), (800,)),
+    "extend by the copy engine, mapped": ChosenStep(
+        "tile_map twin_extend", (150, 2, 3), (0, 10, 200), heads=(2, 1), page=32
+    ),
+    "extend with a window": ChosenStep("extend", (70,), (60,), widths=(96, 96), kind={"sliding_window": 40}),
+    "extend over fp8, keys and values of two widths": ChosenStep(
+        "extend", (65,), (30,), widths=(64, 32), kv_dtype="fp8_e5m2", dtype="float16", page=64
+    ),
+    "verify a tree with a window": ChosenStep(
+        "tree_depth decode", (5, 5), (20, 100), _VERIFY, heads=(16, 1), tree=True, kind={"sliding_window": 30}
+    ),
+    "extend MLA": ChosenStep("extend", (6,), (40,), **{**_MLA, "widths": (80, 64)}),
+    "decode MLA by the copy engine": ChosenStep("mla", (1,), (90,), _DECODE, **_MLA),
+    "decode MLA by the copy engine, a line": ChosenStep("schedule mla merge", (1, 1), (700, 3), _DECODE, **_MLA),
+}
 
 
 def step_faults(step: ChosenStep, device: str, backend: Backend = TritonBackend) -> list[str]:

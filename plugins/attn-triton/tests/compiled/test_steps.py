@@ -1,0 +1,42 @@
+"""Steps that launch every kernel, run as the compiler made them for Hopper: every address inside what there is,
+asynchronous work as early and as late as it may, and the numbers right.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from attn_core.planning.config import AttentionConfig
+from attn_core.runtime.kv_cache import KVCache
+from attn_triton.backend import TritonBackend
+from attn_triton.kernels import decode, extend, gluon_extend, gluon_mla, gluon_twin, join, write
+from chosen_steps import STEPS, step_faults
+from ptx_machine.launching import MachineLaunchers
+
+LAUNCHERS = {late: MachineLaunchers("sm_90", late=late) for late in (False, True)}
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+@pytest.mark.parametrize("name", STEPS)
+def test_what_was_compiled_is_right(name: str, late: bool) -> None:
+    launchers, step = LAUNCHERS[late], STEPS[name]
+
+    def backend(config: AttentionConfig, cache: KVCache) -> TritonBackend:
+        return TritonBackend(config, cache, chip=launchers.chip, launchers=launchers)
+
+    launchers.launched.clear()
+    assert step_faults(step, "cpu", backend) == []
+    assert launchers.launched == Counter({f"{kernel}_kernel": 1 for kernel in ["write", *step.launches.split()]})
+
+
+def test_the_steps_launch_every_kernel() -> None:
+    """What they leave out: copies into the buffers of graphs, and the Gluon kernel that is only timed beside its heir."""
+    kernels = {
+        name
+        for module in (decode, extend, gluon_extend, gluon_mla, gluon_twin, join, write)
+        for name, value in vars(module).items()
+        if name.endswith("_kernel") and hasattr(value, "arg_names")
+    }
+    launched = {f"{kernel}_kernel" for step in STEPS.values() for kernel in ["write", *step.launches.split()]}
+    assert kernels - launched == {"refresh_kernel", "gluon_extend_kernel"}

@@ -1,0 +1,32 @@
+"""The conformance kit on Triton's interpreter: a spread over its contract tier, and over what numerics adds."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import pytest
+from attn_core.testing.agenda import REFUSALS
+from attn_core.testing.cases import Case
+from attn_core.testing.generation import spread
+from attn_core.testing.plugin import Subject
+
+#: Cases of each tier: the interpreter takes about half a second for one. All of them: attn verify triton --device
+#: emulated:triton-interpreter.
+SHARES: Final = {"contract": 200, "numerics": 24}
+
+_subject = Subject("triton", "numerics", "emulated:triton-interpreter", seed=0)
+_parts = _subject.agenda.parts
+CASES: Final[list[Case]] = [
+    *(case for case, part in _parts.items() if part == REFUSALS),
+    *(
+        c
+        for tier, most in SHARES.items()
+        for c in spread([case for case, part in _parts.items() if part == tier], most)
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_conformance(case: Case) -> None:
+    result = _subject.run(case)
+    assert result.status == "passed", "\n".join(map(str, result.faults)) or result.note
