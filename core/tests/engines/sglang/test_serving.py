@@ -18,13 +18,13 @@ PROMPTS = [list(range(60, 130)), [*SHARED, 7, 8, 9], [*SHARED, 11], [5, 6, 7]]
 
 
 @torch.inference_mode()
-def eager(model: Path, prompts: list[list[int]], new: int = 12) -> tuple[list[list[int]], torch.Tensor]:
+def eager(model: Path, prompts: list[list[int]], new: int = 12, **config: Any) -> tuple[list[list[int]], torch.Tensor]:
     """transformers' greedy tokens, and their log-probabilities."""
-    own = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager", dtype=torch.float32)
+    own = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager", dtype=torch.float32, **config)
     tokens, logprobs = [], []
     for prompt in prompts:
         out = own.generate(
-            torch.tensor([prompt]), max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0,
+            torch.tensor([prompt]), max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0,
             output_logits=True, return_dict_in_generate=True,
         )  # fmt: skip
         chosen = out.sequences[0, len(prompt) :]
@@ -55,6 +55,9 @@ def test_windows_and_latent_caches(name: str, page_size: int, folder: Callable[[
     got = serve(model, PROMPTS, attention_backend="attn-torch_native", page_size=page_size)
     assert got.tokens() == tokens
     assert (got.logprobs() - logprobs).abs().max() < TOLERANCE
+    if name == "gemma3":
+        without = eager(model, PROMPTS, sliding_window=512)[1]
+        assert (got.logprobs() - without).abs().max() > 1e-2, "a window that is forgotten would be seen"
 
 
 def test_a_real_model_with_sglangs_own_prefill_and_our_decode(serve: Any) -> None:
