@@ -15,8 +15,14 @@ value: what sums of rounding errors never do, and a missing key does. What fp32 
 a backend.
 
 An fp8 cache changes nothing, because the oracle reads what the cache stores. A backend whose manifest says that it
-quantises queries computes with 4-bit significands (e4m3) in steps 1 and 3, and is held to that; the variance of its
-step 1 is a mean over draws, since one run of it says little (`_query_variance`).
+quantises queries computes with 4-bit significands (e4m3) in steps 1 and 3, and is held to that. Its step 1 needs more
+than a standard error: one error of a query moves every value of a row, so it does not average out over the row, and it
+passes through an exponential, so that large errors are neither rare nor unbounded as those of sums are. Therefore the
+factor stands where the error arises: an answer may be as far away as any of 32 runs of the same maths, with queries
+whose errors are `ROW_FACTOR` times as large (`_query_spread`); the largest of 32 normal numbers is 2.1 on average, so
+where errors are small this is `VALUE_FACTOR` standard errors. Which scale a kernel gives its queries (for a tensor, a
+request, a head) changes nothing: e4m3 rounds relatively down to 2^-14 of its largest number. Tensor cores that add e4m3
+products with 13 bits behind the largest, as Hopper's do, err by a hundredth of that.
 """
 
 from __future__ import annotations
@@ -43,7 +49,7 @@ _UNIT: Final = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16
 _E4M3_UNIT: Final = 2.0**-4
 _SINGLE: Final = 2.0**-24
 _HARDWARE_TANH: Final = 2.0**-11
-#: Draws of a variance: its relative standard error is sqrt(2 / 32), a quarter, far inside the factors above.
+#: Runs with other errors of quantised queries.
 _DRAWS: Final = 32
 
 
@@ -110,25 +116,31 @@ def _expect_one(problem: Problem, layer: AttentionLayer, precision: Precision) -
     squares = weighted_values(probabilities.square(), problem.v.square())
     variance = (precision.probability**2 * squares + precision.output**2 * out.square()) / 3
     variance = variance + model_error.square().mean(-1, keepdim=True)
+    spread = _Spread.none(out, lse)
     if precision.quantizes_query:
-        variance = variance + _query_variance(problem, layer, out, precision)
+        spread = _query_spread(problem, layer, out, lse, precision)
     single = _single_precision(problem, scores, layer)
     floor = single[..., None] * weighted_values(probabilities, problem.v.abs()) + _smallest(precision.dtype)
     return Expected(
         out=out,
         lse=lse,
-        row=ROW_FACTOR * variance.mean(-1).sqrt() + floor.square().mean(-1).sqrt(),
-        value=VALUE_FACTOR * variance.sqrt() + floor,
+        row=(ROW_FACTOR**2 * variance.mean(-1) + spread.row).sqrt() + floor.square().mean(-1).sqrt(),
+        value=(VALUE_FACTOR**2 * variance + spread.value).sqrt() + floor,
         lse_value=_lse_tolerance(problem, scores, probabilities, layer, precision)
+        + spread.lse.sqrt()
         + single
         + _SINGLE * torch.where(lse.isfinite(), lse.abs(), 0.0),
     )
 
 
 def _model_output(problem: Problem, layer: AttentionLayer, lse: Tensor, precision: Precision) -> Tensor:
-    """[n, Hq, Dv]: the maths of `reference` with a kernel's roundings made; normalised by the exact denominator."""
-    rounded_q = _rounded(problem.q * layer.scale, precision.query) / layer.scale
-    scores = masked_scores(replace(problem, q=rounded_q), layer)
+    """[n, Hq, Dv]: the maths of `reference` with a kernel's roundings made; normalised by the exact denominator.
+
+    Queries that are quantised are left as they are: their errors are `_query_spread`.
+    """
+    if not precision.quantizes_query:
+        problem = replace(problem, q=_rounded(problem.q * layer.scale, precision.query) / layer.scale)
+    scores = masked_scores(problem, layer)
     if layer.softcap:
         scores = _rounded(scores, precision.softcap)
     kv_heads, group, n, _ = scores.shape
@@ -138,26 +150,49 @@ def _model_output(problem: Problem, layer: AttentionLayer, lse: Tensor, precisio
     return _rounded(weighted_values(weights, problem.v), precision.output)
 
 
-def _query_variance(problem: Problem, layer: AttentionLayer, out: Tensor, precision: Precision) -> Tensor:
-    """[n, Hq, Dv]: variance of the output when each element of a query is off by uniform +-u|q|, the mean of draws.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Spread:
+    """The largest squares of errors: of values [n, Hq, Dv], of rows in the mean [n, Hq], of the LSE [n, Hq]."""
 
-    `_model_output` rounds the queries once. With few keys that count, one error of one probability is all there is of
-    it, and one draw may be near 0 by chance: of two honest kernels, one would then be held to the other's luck. It
-    matters where u is large, in quantised queries, whose scales differ from kernel to kernel, and so their roundings.
-    """
+    value: Tensor
+    row: Tensor
+    lse: Tensor
+
+    @classmethod
+    def none(cls, out: Tensor, lse: Tensor) -> _Spread:
+        return cls(torch.zeros_like(out), torch.zeros_like(lse), torch.zeros_like(lse))
+
+    def with_errors(self, out: Tensor, lse: Tensor) -> _Spread:
+        """With the errors of one more run."""
+        squares = out.square()
+        return _Spread(
+            torch.maximum(self.value, squares),
+            torch.maximum(self.row, squares.mean(-1)),
+            torch.maximum(self.lse, lse.square()),
+        )
+
+
+def _query_spread(problem: Problem, layer: AttentionLayer, out: Tensor, lse: Tensor, precision: Precision) -> _Spread:
+    """How far the answers move when each element of a query is off by uniform +-u|q|, ROW_FACTOR times over."""
     random = torch.Generator(problem.q.device).manual_seed(0)
-    total = torch.zeros_like(out)
+    largest = ROW_FACTOR * precision.query
+    spread = _Spread.none(out, lse)
     for _ in range(_DRAWS):
         uniform = 2 * torch.rand(problem.q.shape, generator=random, dtype=out.dtype, device=out.device) - 1
-        scores = masked_scores(replace(problem, q=problem.q * (1 + precision.query * uniform)), layer)
-        total += (weighted_values(softmax_with_sink(scores, layer)[0], problem.v) - out).square()
-    return total / _DRAWS
+        scores = masked_scores(replace(problem, q=problem.q * (1 + largest * uniform)), layer)
+        probabilities, moved = softmax_with_sink(scores, layer)
+        lse_error = torch.where(lse.isfinite(), moved - lse, 0.0)
+        spread = spread.with_errors(weighted_values(probabilities, problem.v) - out, lse_error)
+    return spread
 
 
 def _lse_tolerance(
     problem: Problem, scores: Tensor, probabilities: Tensor, layer: AttentionLayer, precision: Precision
 ) -> Tensor:
-    """[n, Hq]: an error dq of a query moves the LSE by scale * dq . (sum of p_j k_j), to first order."""
+    """[n, Hq]: an error dq of a query moves the LSE by scale * dq . (sum of p_j k_j), to first order.
+
+    Of a query that is quantised only the rest of the roundings: see `_query_spread`.
+    """
     slope = probabilities
     bias = torch.zeros_like(problem.q[..., 0])
     finite = torch.where(problem.visible, scores, 0.0)
@@ -165,7 +200,8 @@ def _lse_tolerance(
         slope = probabilities * (1 - (finite / layer.softcap).square())
         bias = _by_query((probabilities * finite.abs()).sum(-1)) * precision.softcap
     mean_key = weighted_values(slope, problem.k)
-    from_query = (precision.query * layer.scale) ** 2 * (problem.q * mean_key).square().sum(-1)
+    query = precision.output if precision.quantizes_query else precision.query
+    from_query = (query * layer.scale) ** 2 * (problem.q * mean_key).square().sum(-1)
     from_weights = precision.probability**2 * _by_query(probabilities.square().sum(-1))
     return VALUE_FACTOR * ((from_query + from_weights) / 3).sqrt() + bias
 
