@@ -288,15 +288,9 @@ def test_a_conversation_goes_on_in_the_cache_that_generate_made(changed: Any) ->
     assert backend.modes == ["EXTEND", *["DECODE"] * 39]
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt_oss"])
-def test_continuous_batching(name: str, changed: Any) -> None:
-    """gpt_oss and gemma3 mix windows and full layers. gemma2 is left out: there transformers' own is no oracle."""
-    model = MODELS[name]()
-    inputs = [torch.randint(5, 246, (n,)).tolist() for n in (25, 6, 17)]
-    wanted = [generate(model, "eager", torch.tensor([each])).sequences[0, len(each) :].tolist() for each in inputs]
-    implementation, backend = fresh(changed)
-    model.set_attn_implementation(implementation)
-    results = model.generate_batch(
+def generate_batch(model: Any, implementation: str, inputs: list[list[int]]) -> Any:
+    model.eval().set_attn_implementation(implementation)
+    return model.generate_batch(
         inputs=inputs,
         generation_config=hf.GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0),
         continuous_batching_config=hf.ContinuousBatchingConfig(
@@ -304,10 +298,36 @@ def test_continuous_batching(name: str, changed: Any) -> None:
         ),
         progress_bar=False,
     )
+
+
+def test_continuous_batching_has_no_latent_cache() -> None:
+    with pytest.raises(ConfigError, match="no room for a latent"):
+        generate_batch(MODELS["deepseek_v3"](), "attn", [[5, 6, 7]])
+
+
+#: what a backend must not forget, and does in the control
+PACKED: dict[str, dict[str, Any]] = {
+    "gemma2": {"softcap": 0.0},
+    "gemma3": {"sliding_window": None},
+    "gpt_oss": {"sinks": None},
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_continuous_batching(name: str, changed: Any) -> None:
+    """gpt_oss and gemma3 mix windows and full layers; gemma2 has a soft cap, which transformers' own drops here."""
+    model = MODELS[name]()
+    inputs = [torch.randint(5, 246, (n,)).tolist() for n in (25, 6, 17)]
+    wanted = [generate(model, "eager", torch.tensor([each])).sequences[0, len(each) :].tolist() for each in inputs]
+    implementation, backend = fresh(changed)
+    results = generate_batch(model, implementation, inputs)
     assert [result.error for result in results.values()] == [None] * 3
     assert [result.generated_tokens for result in results.values()] == wanted
     assert set(backend.modes) == {"ragged causal"}
     assert model.config._attn_implementation == implementation
+    forgetful, _ = fresh(changed, layer=lambda at: replace(at, **PACKED[name]))
+    others = generate_batch(model, forgetful, inputs)
+    assert [result.generated_tokens for result in others.values()] != wanted
 
 
 def test_a_backend_that_cannot_is_refused_before_anything_runs() -> None:

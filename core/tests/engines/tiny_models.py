@@ -19,6 +19,8 @@ LATENT: dict[str, Any] = {
     "qk_rope_head_dim": 8, "v_head_dim": 16, "first_k_dense_replace": 1, "n_routed_experts": 4,
     "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1, "n_shared_experts": 1,
 }  # fmt: skip
+#: a token's own logit must not hide what attention does
+UNTIED = {"tie_word_embeddings": False}
 LAYER_TYPES = ["sliding_attention", "full_attention"]
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128,
@@ -70,11 +72,16 @@ MODELS: dict[str, Callable[[], Any]] = {
     "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**BASE, sliding_window=8)),
     "gemma2": lambda: hf.Gemma2ForCausalLM(
         hf.Gemma2Config(
-            **TEXT, query_pre_attn_scalar=24, sliding_window=8, attn_logit_softcapping=5.0, layer_types=LAYER_TYPES
+            **TEXT,
+            **UNTIED,
+            query_pre_attn_scalar=24,
+            sliding_window=8,
+            attn_logit_softcapping=5.0,
+            layer_types=LAYER_TYPES,
         )
     ),
     "gemma3": lambda: hf.Gemma3ForCausalLM(
-        hf.Gemma3TextConfig(**TEXT, query_pre_attn_scalar=24, sliding_window=8, layer_types=LAYER_TYPES)
+        hf.Gemma3TextConfig(**TEXT, **UNTIED, query_pre_attn_scalar=24, sliding_window=8, layer_types=LAYER_TYPES)
     ),
     "gpt_oss": gpt_oss,
     "deepseek_v2": lambda: hf.DeepseekV2ForCausalLM(hf.DeepseekV2Config(**LATENT)),

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from attn_core.engines.transformers.names import backend_of, implementation_of, key_of
 from attn_core.engines.versions import TRANSFORMERS
+from attn_core.errors import ConfigError
 from attn_core.planning.discovery import discover
 from attn_core.planning.plan import AUTO
 
@@ -110,7 +111,12 @@ def _draft_tokens(generation_config: Any, generation_mode: Any) -> int:
 
 
 def _friendly(original: Callable[..., Any], manager: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Continuous batching may use our implementations, which it does not list."""
-    if backend_of(model.config._attn_implementation) is not None:
-        return None
-    return original(manager, model, *args, **kwargs)
+    """Continuous batching may use our implementations, which it does not list. Raises ConfigError for latent caches."""
+    if backend_of(model.config._attn_implementation) is None:
+        return original(manager, model, *args, **kwargs)
+    if getattr(model.config.get_text_config(), "kv_lora_rank", None):
+        raise ConfigError(
+            f"continuous batching of {model.config.model_type}: transformers' pages have no room for a latent",
+            hint="generate() serves it, or attn generate, which batches continuously",
+        )
+    return None
