@@ -212,23 +212,22 @@ class _Watch:
             return
         torch.cuda.synchronize()
         allocations = _allocations()
-        profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-        with warnings.catch_warnings(), profile:
-            warnings.simplefilter("ignore", UserWarning)  # both tools announce that they are young
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                yield
-            except RuntimeError as error:
-                if "synchroniz" not in str(error):
-                    raise
-                self.faults.append(f"it waits for the host: {str(error).splitlines()[0]}")
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-            made = _allocations() - allocations
-            torch.cuda.synchronize()
         with warnings.catch_warnings():
+            # both tools announce that they are young, the profiler as it begins and as it is read
             warnings.simplefilter("ignore", UserWarning)
-            events = profile.events() or ()  # type: ignore[no-untyped-call]
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                torch.cuda.set_sync_debug_mode("error")
+                try:
+                    yield
+                except RuntimeError as error:
+                    if "synchroniz" not in str(error):
+                        raise
+                    self.faults.append(f"it waits for the host: {str(error).splitlines()[0]}")
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+                made = _allocations() - allocations
+                torch.cuda.synchronize()
+            events = profile.events() or ()
         copies = [event.name for event in events if "DtoH" in event.name]
         self.faults += [f"{made} allocations on the device"] if made else []
         self.faults += [f"{len(copies)} copies from the device to the host ({copies[0]})"] if copies else []

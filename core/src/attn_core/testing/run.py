@@ -100,7 +100,8 @@ def run_case(case: Case, target: Target) -> Result:
         return ended("not_run", [], f"the installed build refuses: {_first_lines(error)}")
     except Exception as error:
         return ended("failed", [Fault("raised", f"while it was built: {_described(error)}")])
-    faults = trial.faults()
+    with trial.witness:
+        faults = trial.faults()
     return ended("failed" if faults else "passed", faults)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -28,6 +29,7 @@ Results = tuple[Result, ...]
 
 #: What torch says when an earlier kernel has broken the device's context: nothing can run in this process any more.
 _LOST_DEVICE: Final = ("CUDA error", "device-side assert", "unspecified launch failure", "NPU function error")
+_PROFILER_LOG: Final = "KINETO_LOG_LEVEL"
 #: Seconds after which a case on an accelerator hangs: the slowest there is takes a few, with its compilation a minute.
 HANGS_AFTER: Final = 300.0
 #: Seconds that running cases have to end in when the time of a run is over.
@@ -123,7 +125,8 @@ class _Process:
         context = get_context("spawn")
         self.connection, theirs = context.Pipe()
         self._process: BaseProcess = context.Process(target=_work, args=(theirs, crew), daemon=True)
-        self._process.start()
+        with _quiet_profiler():
+            self._process.start()
         theirs.close()
         self.job: Job | None = None
         self.heard = time.time()
@@ -193,6 +196,18 @@ class _Process:
             self._process.kill()
             self._process.join(GRACE)
         self.connection.close()
+
+
+@contextmanager
+def _quiet_profiler() -> Iterator[None]:
+    """For what starts in the context: torch's profiler, which watches replays, says only what it cannot do."""
+    before = os.environ.get(_PROFILER_LOG)
+    os.environ.setdefault(_PROFILER_LOG, "3")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_PROFILER_LOG]
 
 
 def _work(connection: Connection[Any, Any], crew: Crew) -> None:

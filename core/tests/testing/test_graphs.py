@@ -1,0 +1,66 @@
+"""The watch over a replay: what it reports, and that it says nothing else. The device is a stand-in."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from attn_core.testing.graphs import _Watch
+
+_profile = torch.profiler.profile
+
+
+def _profile_of_the_host(activities: object) -> torch.profiler.profile:
+    """The profiler itself, warnings and all, which will not watch a device that is not there."""
+    return _profile(activities=[torch.profiler.ProfilerActivity.CPU])
+
+
+class Device:
+    """What the watch asks of torch.cuda, without a device."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.allocations = 7
+        self.modes: list[str] = []
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {"allocation.all.allocated": self.allocations})
+        monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", self.set_mode)
+        monkeypatch.setattr(torch.profiler, "profile", _profile_of_the_host)
+
+    def set_mode(self, mode: str) -> None:
+        warnings.warn("Synchronization debug mode is a prototype feature", UserWarning, stacklevel=2)
+        self.modes.append(mode)
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    return Device(monkeypatch)
+
+
+def test_a_replay_that_keeps_the_rules_is_not_mentioned(device: Device) -> None:
+    watch = _Watch(torch.device("cuda"), strict=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with watch.replaying():
+            pass
+    assert watch.faults == []
+    assert device.modes == ["error", "default"]
+
+
+def test_waits_and_allocations_are_reported(device: Device) -> None:
+    watch = _Watch(torch.device("cuda"), strict=True)
+    with watch.replaying():
+        device.allocations += 2
+        raise RuntimeError("called a synchronizing CUDA operation")
+    assert watch.faults == [
+        "it waits for the host: called a synchronizing CUDA operation",
+        "2 allocations on the device",
+    ]
+    assert device.modes[-1] == "default"
+
+
+def test_other_errors_of_a_replay_are_its_own(device: Device) -> None:
+    watch = _Watch(torch.device("cuda"), strict=True)
+    with pytest.raises(RuntimeError, match="out of memory"), watch.replaying():
+        raise RuntimeError("CUDA out of memory")
+    assert device.modes[-1] == "default"
