@@ -25,8 +25,8 @@ Backend = Callable[[AttentionConfig, KVCache], TritonBackend]
 
 @dataclass(frozen=True, slots=True)
 class ChosenStep:
-    """``launches``: the kernels after the write, without ``_kernel``. ``new`` tokens and ``cached`` ones of each request,
-    and what the layer is. ``blind``: the host knows no lengths.
+    """``launches``: the kernels after the write, without ``_kernel``. ``new`` tokens and ``cached`` ones of each
+    request, and what the layer is. ``blind``: the host knows no lengths.
     """
 
     launches: str
@@ -42,6 +42,7 @@ class ChosenStep:
     kind: dict[str, Any] = field(default_factory=dict)
     tree: bool = False
     blind: bool = False
+    invariant: bool = False
 
 
 _DECODE, _EXTEND, _VERIFY = ForwardMode.DECODE, ForwardMode.EXTEND, ForwardMode.TARGET_VERIFY
@@ -91,13 +92,20 @@ STEPS: Final[dict[str, ChosenStep]] = {
 
 def step_faults(step: ChosenStep, device: str, backend: Backend = TritonBackend) -> list[str]:
     """What is wrong with the backend's answer to a step, with NaN wherever no token lies."""
+    layer, batch, cache, q, found = play(step, device, backend)
+    expected = expect(problems(q, layer, batch, cache), q, layer, Precision.of(q.dtype))
+    return [str(fault) for fault in output_faults(found, expected, "")]
+
+
+def play(
+    step: ChosenStep, device: str, backend: Backend = TritonBackend
+) -> tuple[AttentionLayer, ForwardBatch, KVCache, torch.Tensor, Output]:
+    """A step, its queries and what the backend says to them."""
     config, layer, batch, cache, inputs = _made(step, device)
     made = backend(config, cache)
     made.init_forward_metadata(batch)
     out, lse = made.forward(*inputs, layer, batch, return_lse=True)
-    every = problems(inputs[0], layer, batch, cache)
-    expected = expect(every, inputs[0], layer, Precision.of(inputs[0].dtype))
-    return [str(found) for found in output_faults(Output(out, lse), expected, "")]
+    return layer, batch, cache, inputs[0], Output(out, lse)
 
 
 def _made(
@@ -110,8 +118,9 @@ def _made(
         q_heads, kv_heads, qk, v_width, kind="mla" if mla else "mha", scale=qk**-0.5, layer_ids=(0,), **step.kind
     )
     config = AttentionConfig(
-        layers=(kind,), dtype=step.dtype, kv_cache_dtype=step.kv_dtype, page_size=step.page, kv_layout=step.layout
-    )
+        layers=(kind,), dtype=step.dtype, kv_cache_dtype=step.kv_dtype, page_size=step.page, kv_layout=step.layout,
+        batch_invariant=step.invariant,
+    )  # fmt: skip
     total = [new + cached for new, cached in zip(step.new, step.cached, strict=True)]
     counts = [-(-n // step.page) for n in total]
     order = iter((torch.randperm(sum(counts), generator=generator) + 1).tolist())

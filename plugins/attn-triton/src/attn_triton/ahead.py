@@ -29,6 +29,9 @@ CHIPS: Final = {
     "gfx950": (256, 160 << 10),
 }
 
+#: What looks at every kernel that was compiled, as Triton gives it.
+FINISHED: Final[list[Callable[[Any], object]]] = []
+
 _TYPES: Final = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv",
     torch.float8_e5m2: "fp8e5", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8",
@@ -79,6 +82,8 @@ def compile_for(chip: Chip, launcher: Launcher, args: Sequence[Any], odd: frozen
     """
     source = source_of(launcher.kernel, launcher, args, odd)
     found = triton.compile(source, target=target(chip.arch), options=dict(launcher.options))
+    for look in FINISHED:
+        look(found)
     result = Compiled(
         launcher.name, found.metadata.num_warps, found.metadata.shared, len(found.kernel), launcher.constants
     )

@@ -99,7 +99,8 @@ class ExtendKernels:
         if not self._invariant and hopper_extend.takes(self.chip, kind, rows):
             blocks, tile_map = self._blocks(rows, hopper_extend.TILE, geometry.group, captured=captured)
             return hopper_extend.bind(self._launchers, rows, blocks, tile_map, layer, q, out, lse)
-        tile = extend_tile(self.chip, geometry, 1 if self._invariant else rows.max_query_len * geometry.group)
+        most_rows = 1 if self._invariant else rows.max_query_len * geometry.group
+        tile = extend_tile(self.chip, geometry, most_rows, tree=rows.tree is not None)
         blocks, tile_map = self._blocks(rows, tile, geometry.group, captured=captured)
         none = rows.starts  # stands where the kernel was compiled to look at nothing
         constants = {

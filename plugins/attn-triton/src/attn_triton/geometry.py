@@ -167,7 +167,6 @@ class Geometry:
             "V0": v0,
             "V1": v1,
             "V_IN_K": self.values_in_keys,
-            "PRECISION": "ieee" if self.dtype == torch.float32 else "tf32",
         }
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any, Final, Literal, cast
 
@@ -52,23 +52,36 @@ class ExtendTile:
     by_head: bool
 
 
-def decode_tile(chip: Chip, geometry: Geometry, rows: int, load: Load) -> DecodeTile:
-    """For ``rows`` query rows a request and KV head: (tokens x group)."""
+def decode_tile(chip: Chip, geometry: Geometry, rows: int, load: Load, *, tree: bool = False) -> DecodeTile:
+    """For ``rows`` query rows a request and KV head: (tokens x group). ``tree``: a mask's bits travel with the keys."""
     found = _find("decode", chip, geometry, rows, load)
     block_m = min(64, power_of_two_from(max(16, rows)))
-    if found is not None:
-        return DecodeTile(block_m, found["block_n"], found["warps"], found["stages"], found["per_sm"])
-    return _default_decode(chip, geometry, block_m)
+    if found is None:
+        return _default_decode(chip, geometry, block_m)
+    tile = DecodeTile(block_m, found["block_n"], found["warps"], found["stages"], found["per_sm"])
+    while tile.stages > 1 and shared_bytes(geometry, tile, tree=tree) > chip.shared_memory:
+        tile = replace(tile, stages=tile.stages - 1)
+    return tile
 
 
-def extend_tile(chip: Chip, geometry: Geometry, rows: int) -> ExtendTile:
-    """For at most ``rows`` query rows a request and KV head; rows only ever lower ``block_m``."""
+def extend_tile(chip: Chip, geometry: Geometry, rows: int, *, tree: bool = False) -> ExtendTile:
+    """For at most ``rows`` query rows a request and KV head. ``tree``: a mask's bits are read beside the keys."""
     found = _find("extend", chip, geometry, rows, None)
     if found is None:
-        tile = _default_extend(chip, geometry)
-    else:
-        tile = ExtendTile(found["block_m"], found["block_n"], found["warps"], found["stages"], found["by_head"])
+        return _default_extend(chip, geometry, tree=tree)
+    tile = ExtendTile(found["block_m"], found["block_n"], found["warps"], found["stages"], found["by_head"])
+    while tile.stages > 1 and shared_bytes(geometry, tile, tree=tree) > chip.shared_memory:
+        tile = replace(tile, stages=tile.stages - 1)
     return tile
+
+
+def shared_bytes(geometry: Geometry, tile: DecodeTile | ExtendTile, *, tree: bool) -> int:
+    """Shared memory of a program, at most: queries, what its stages bring, and a tree's bits in the scores' layout."""
+    queries = tile.block_m * sum(geometry.k_parts) * geometry.dtype.itemsize
+    width = sum(geometry.k_parts) + (0 if geometry.values_in_keys else sum(geometry.v_parts))
+    widened = 0 if geometry.kv_dtype.itemsize == geometry.dtype.itemsize else tile.block_n * geometry.key_bytes
+    bits = tile.block_m * tile.block_n * 4 + 1024 if tree else 0
+    return queries + tile.stages * tile.block_n * width * geometry.kv_dtype.itemsize + widened + bits
 
 
 def _default_decode(chip: Chip, geometry: Geometry, block_m: int) -> DecodeTile:
@@ -81,8 +94,7 @@ def _default_decode(chip: Chip, geometry: Geometry, block_m: int) -> DecodeTile:
     return DecodeTile(16, 16, 8 if wide else 4, 1, 1)
 
 
-def _default_extend(chip: Chip, geometry: Geometry) -> ExtendTile:
-    row_bytes = sum(geometry.k_parts) * geometry.dtype.itemsize
+def _default_extend(chip: Chip, geometry: Geometry, *, tree: bool) -> ExtendTile:
     width = max(sum(geometry.k_parts), sum(geometry.v_parts))
     if geometry.dtype.itemsize == 4:  # no tensor cores for exact fp32
         candidates: tuple[tuple[int, int, int, int], ...] = ((32, 32, 4, 2), (32, 16, 4, 2), (16, 16, 4, 1))
@@ -93,8 +105,9 @@ def _default_extend(chip: Chip, geometry: Geometry) -> ExtendTile:
     else:
         candidates = ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1))
     for block_m, block_n, warps, stages in candidates:
-        if stages * block_n * geometry.key_bytes + block_m * row_bytes <= 0.8 * chip.shared_memory:
-            return ExtendTile(block_m, block_n, warps, stages, True)
+        tile = ExtendTile(block_m, block_n, warps, stages, True)
+        if shared_bytes(geometry, tile, tree=tree) <= 0.8 * chip.shared_memory:
+            return tile
     return ExtendTile(16, 16, 4, 1, True)
 
 

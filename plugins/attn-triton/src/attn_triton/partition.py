@@ -114,7 +114,8 @@ class Partitions:
     def _tile(self, step: Step, kind: Kind, load: Load) -> DecodeTile:
         if hopper_mla.takes(self.chip, kind, step):
             return hopper_mla.TILE
-        return decode_tile(self.chip, kind.geometry, step.max_query_len * kind.geometry.group, load)
+        rows, tree = step.max_query_len * kind.geometry.group, step.tree is not None and not kind.cross
+        return decode_tile(self.chip, kind.geometry, rows, load, tree=tree)
 
     def schedule(self, step: Step, kind: Kind, keys: Keys, cut: Cut) -> Schedule:
         """The cut line, made on the device once a step for all kinds of layers that cut alike."""

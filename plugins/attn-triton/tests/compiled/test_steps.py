@@ -31,7 +31,7 @@ def test_what_was_compiled_is_right(name: str, late: bool) -> None:
 
 
 def test_the_steps_launch_every_kernel() -> None:
-    """What they leave out: copies into the buffers of graphs, and the Gluon kernel that is only timed beside its heir."""
+    """All but the copies into the buffers of graphs, and the Gluon kernel that is only timed beside its heir."""
     kernels = {
         name
         for module in (decode, extend, gluon_extend, gluon_mla, gluon_twin, join, write)

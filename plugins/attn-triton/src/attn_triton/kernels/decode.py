@@ -89,7 +89,6 @@ def attend_blocks(
     Q_TREE: tl.constexpr,
     WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Online softmax over blocks ``first_block``..``end_block``: accumulators [BM, V0] and [BM, V1], top and total
     [BM].
@@ -117,7 +116,7 @@ def attend_blocks(
             if V1 > 0:
                 v1 = load_rows(V, v_rows, row_live, V0, V1, DV, False)
         page = page_of(page_row, i + 1, lowest, length, end_block, PAGE, BN)
-        s = scores(q0, q1, k0, k1, BM, BN, D1, PRECISION)
+        s = scores(q0, q1, k0, k1, BM, BN, D1)
         if HAS_CAP:
             s = soft_capped(s, scale, cap)
         if SINGLE:
@@ -130,9 +129,9 @@ def attend_blocks(
             s = tl.where(seen, s, float("-inf"))
         p, factor, top, total = softmax_step(s, top, total, scale, HAS_CAP, not SINGLE)
         p = p.to(q0.dtype)
-        acc0 = dot(p, v0, acc0 * factor[:, None], PRECISION)
+        acc0 = dot(p, v0, acc0 * factor[:, None])
         if V1 > 0:
-            acc1 = dot(p, v1, acc1 * factor[:, None], PRECISION)
+            acc1 = dot(p, v1, acc1 * factor[:, None])
     return acc0, acc1, top, total
 
 
@@ -197,7 +196,6 @@ def decode_kernel(
     HAS_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_LSE: tl.constexpr,
-    PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid (groups * TILES * HKV). Rows are (token, query head of the group), BM of them a tile."""
@@ -269,7 +267,7 @@ def decode_kernel(
             first_block + pos - line0, tl.minimum(first_block + stop - line0, end_block), length, lowest,
             first_seen, last_seen, prefix, live, token, tree_row, depth_row, top, total, scale, cap,
             BM, BN, STAGES, D, D0, D1, DV, V0, V1, V_IN_K, PAGE, K_PAGE, K_TOKEN, V_PAGE, V_TOKEN,
-            SINGLE, TREE, Q_TREE, WINDOW, HAS_CAP, PRECISION,
+            SINGLE, TREE, Q_TREE, WINDOW, HAS_CAP,
         )  # fmt: skip
         out0 = finish(acc0, total) * v_scale
         base2 = log_sum(top, total)

@@ -83,7 +83,6 @@ def run_tiles(
     Q_TREE: tl.constexpr,
     WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Tiles ``begin``..``end`` (begin a multiple of BN). MASKED: what a row sees is asked for every key, and keys
     outside ``lowest``..``highest`` are read as the nearest one inside, so that what is loaded is data and 0 * NaN
@@ -115,7 +114,7 @@ def run_tiles(
         k1 = k0
         if D1 > 0:
             k1 = load_rows(K, k_rows, live, D0, D1, D, False)
-        s = scores(q0, q1, k0, k1, BM, BN, D1, PRECISION)
+        s = scores(q0, q1, k0, k1, BM, BN, D1)
         if HAS_CAP:
             s = soft_capped(s, scale, cap)
         if MASKED:
@@ -131,9 +130,9 @@ def run_tiles(
             if V1 > 0:
                 v1 = load_rows(V, v_rows, live, V0, V1, DV, False)
         p = p.to(q0.dtype)
-        acc0 = dot(p, v0, acc0 * factor[:, None], PRECISION)
+        acc0 = dot(p, v0, acc0 * factor[:, None])
         if V1 > 0:
-            acc1 = dot(p, v1, acc1 * factor[:, None], PRECISION)
+            acc1 = dot(p, v1, acc1 * factor[:, None])
         if PAGED and not MASKED:
             page = tile_pages(page_row, n0 + BN, highest // PAGE, PAGE, BN)
     return acc0, acc1, top, total
@@ -215,7 +214,6 @@ def extend_kernel(
     HAS_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_LSE: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Grid (row blocks of all requests * HKV), MAPPED through TILE_MAP [blocks, 2] (request, block) or ``blocks`` for
     each of ``batch``.
@@ -313,17 +311,17 @@ def extend_kernel(
             acc0, acc1, top, total = run_tiles(
                 acc0, acc1, top, total, q0, q1, K, V, page_row, begin, full0, lowest, highest, first_seen, last_seen,
                 prefix, live, token, tree_row, depth_row, scale, cap, True, BM, BN, STAGES, D, D0, D1, DV, V0,
-                V1, V_IN_K, PAGED, PAGE, K_PAGE, K_TOKEN, V_PAGE, V_TOKEN, TREE, Q_TREE, WINDOW, HAS_CAP, PRECISION,
+                V1, V_IN_K, PAGED, PAGE, K_PAGE, K_TOKEN, V_PAGE, V_TOKEN, TREE, Q_TREE, WINDOW, HAS_CAP,
             )  # fmt: skip
         acc0, acc1, top, total = run_tiles(
             acc0, acc1, top, total, q0, q1, K, V, page_row, full0, full1, lowest, highest, first_seen, last_seen,
             prefix, live, token, tree_row, depth_row, scale, cap, False, BM, BN, STAGES, D, D0, D1, DV, V0,
-            V1, V_IN_K, PAGED, PAGE, K_PAGE, K_TOKEN, V_PAGE, V_TOKEN, TREE, Q_TREE, WINDOW, HAS_CAP, PRECISION,
+            V1, V_IN_K, PAGED, PAGE, K_PAGE, K_TOKEN, V_PAGE, V_TOKEN, TREE, Q_TREE, WINDOW, HAS_CAP,
         )  # fmt: skip
         acc0, acc1, top, total = run_tiles(
             acc0, acc1, top, total, q0, q1, K, V, page_row, full1, end, lowest, highest, first_seen, last_seen,
             prefix, live, token, tree_row, depth_row, scale, cap, True, BM, BN, STAGES, D, D0, D1, DV, V0,
-            V1, V_IN_K, PAGED, PAGE, K_PAGE, K_TOKEN, V_PAGE, V_TOKEN, TREE, Q_TREE, WINDOW, HAS_CAP, PRECISION,
+            V1, V_IN_K, PAGED, PAGE, K_PAGE, K_TOKEN, V_PAGE, V_TOKEN, TREE, Q_TREE, WINDOW, HAS_CAP,
         )  # fmt: skip
 
         # Read again, volatile, so that the row offsets are computed again and hold no registers across the loops.

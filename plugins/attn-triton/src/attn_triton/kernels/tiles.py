@@ -26,19 +26,19 @@ def load_rows(base, rows, mask, OFFSET: tl.constexpr, WIDTH: tl.constexpr, DIM: 
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
+def dot(a, b, acc):
     """a [M, K] times b [K, N] onto acc [M, N] fp32; b takes the dtype of a (an fp8 tile becomes the queries' dtype,
     exactly).
     """
-    return tl.dot(a, b.to(a.dtype), acc, input_precision=PRECISION)
+    return tl.dot(a, b.to(a.dtype), acc, input_precision="ieee")
 
 
 @triton.jit
-def scores(q0, q1, k0, k1, M: tl.constexpr, N: tl.constexpr, D1: tl.constexpr, PRECISION: tl.constexpr):
+def scores(q0, q1, k0, k1, M: tl.constexpr, N: tl.constexpr, D1: tl.constexpr):
     """[M, N] fp32: q.k of heads that lie in one or two parts (576 is 512 and 64, 96 is 64 and 32)."""
-    s = dot(q0, tl.trans(k0), tl.zeros([M, N], tl.float32), PRECISION)
+    s = dot(q0, tl.trans(k0), tl.zeros([M, N], tl.float32))
     if D1 > 0:
-        s = dot(q1, tl.trans(k1), s, PRECISION)
+        s = dot(q1, tl.trans(k1), s)
     return s
 
 

@@ -1,0 +1,75 @@
+"""Every kernel compiles for every chip that the manifest names, and fits into its shared memory."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import pytest
+from attn_core.planning.config import AttentionConfig
+from attn_core.runtime.batch import ForwardMode
+from attn_core.runtime.kv_cache import KVCache
+from attn_triton.ahead import CHIPS, AheadLaunchers, compile_config
+from attn_triton.backend import TritonBackend
+from attn_triton.chip import Chip
+from chosen_steps import STEPS, ChosenStep, play
+
+#: What asks for the most shared memory: many rows, wide heads, a tree's bits.
+HARD: Final = {
+    "a tree of many rows": ChosenStep(
+        "tree_depth decode", (4,), (30,), ForwardMode.TARGET_VERIFY, heads=(16, 1), tree=True
+    ),
+    "a tree over wide heads": ChosenStep(
+        "tree_depth decode", (4,), (30,), ForwardMode.TARGET_VERIFY, heads=(16, 1), widths=(256, 256), tree=True
+    ),
+    "a tree in one way for all batches": ChosenStep(
+        "tree_depth extend", (4,), (30,), ForwardMode.TARGET_VERIFY, heads=(16, 1), tree=True, invariant=True
+    ),
+    "wide heads": ChosenStep("extend", (70,), (30,), widths=(256, 256), kind={"sliding_window": 20}),
+    "fp32": ChosenStep("extend", (70,), (30,), dtype="float32", kind={"softcap": 20.0}),
+    "MLA in one way for all batches": ChosenStep(
+        "extend",
+        (1,),
+        (30,),
+        ForwardMode.DECODE,
+        heads=(16, 1),
+        widths=(576, 512),
+        page=64,
+        layout="MLA",
+        invariant=True,
+    ),
+}
+
+
+def _claimed(arch: str, step: ChosenStep) -> bool:
+    """What the manifest says of fp8 and fp32."""
+    if arch.startswith("gfx"):
+        return step.kv_dtype == "auto" and step.dtype != "float32"
+    return step.kv_dtype == "auto" or arch != "sm_80"
+
+
+ALL: Final = {**STEPS, **HARD}
+CASES: Final = [(arch, name) for arch in CHIPS for name, step in ALL.items() if _claimed(arch, step)]
+
+
+@pytest.mark.parametrize(("arch", "name"), CASES, ids=[f"{arch}-{name}" for arch, name in CASES])
+def test_a_step_compiles(arch: str, name: str) -> None:
+    launchers = AheadLaunchers(Chip(arch, *CHIPS[arch]))
+
+    def backend(config: AttentionConfig, cache: KVCache) -> TritonBackend:
+        return TritonBackend(config, cache, chip=launchers.chip, launchers=launchers)
+
+    play(ALL[name], "cpu", backend)
+    assert {found.kernel for found in launchers.compiled} >= {"write_kernel"}
+    assert all(found.shared <= launchers.chip.shared_memory for found in launchers.compiled)
+
+
+def test_warming_up_compiles_what_a_config_needs() -> None:
+    """Decode, prompts of one length and of many, and verify of a tree, all there is of kernels without an encoder."""
+    config = AttentionConfig.preset("llama-3.1-8b", page_size=16).replace(
+        kv_layout="NHD", speculative_num_draft_tokens=4, speculative_eagle_topk=2
+    )
+    kernels = {found.kernel for found in compile_config(config, "sm_90")}
+    assert kernels == {
+        "write_kernel", "decode_kernel", "merge_kernel", "schedule_kernel", "tree_depth_kernel", "tile_map_kernel",
+        "twin_extend_kernel",
+    }  # fmt: skip
