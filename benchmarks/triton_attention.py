@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Final
@@ -44,7 +45,7 @@ def extend(block_m: int, block_n: int, warps: int, stages: int, by_head: bool = 
 
 #: What a variant forces in place of the committed table: nothing, launch parameters, or how keys are cut. "device" also
 #: hides the lengths from the host, as in a captured graph.
-VARIANTS: Final[Mapping[str, Mapping[str, Any]]] = {
+VARIANTS: Final[dict[str, Mapping[str, Any]]] = {
     "table": {},
     "device": {},
     "stream": {"cut": "stream"},
@@ -151,12 +152,18 @@ def chosen(variants: str, shape: Shape, kv: str) -> list[str]:
 
 
 def compiled_and_right(
-    jobs: list[tuple[Shape, str, str]], workers: int, deadline: float
+    jobs: list[tuple[Shape, str, str]],
+    workers: int,
+    deadline: float,
+    more: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[tuple[str, str, str], float]:
-    """The error of every job that ran and was right, tried side by side: this is also what fills the compile cache."""
+    """The error of every job that ran and was right, tried side by side: this is also what fills the compile cache.
+
+    more: variants beside `VARIANTS`.
+    """
     good: dict[tuple[str, str, str], float] = {}
     begun = time.monotonic()
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), VARIANTS.update, (dict(more or {}),))
     waiting = {pool.submit(error_of, *job): job for job in jobs}
     try:
         for done in as_completed(waiting, timeout=max(1.0, deadline - begun)):
@@ -308,7 +315,7 @@ def graph_state(mla: bool) -> list[dict[str, Any]]:
         backend.config = backend.config.replace(max_context_len=131072)
         backend.init_cuda_graph_state(64, 64)
         backend.init_forward_metadata_capture_cuda_graph(work.batch)
-        replay = time_host(lambda w=work, b=backend: b.init_forward_metadata_replay_cuda_graph(w.batch), DEVICE)
+        replay = time_host(partial(backend.init_forward_metadata_replay_cuda_graph, work.batch), DEVICE)
         found.append({"what": "replay", "kind": like.kind, "batch": 64, "keys": keys, "host_us": replay})
     before = torch.cuda.memory_allocated()
     backend.init_cuda_graph_state(256, 256)

@@ -65,10 +65,11 @@ def _flashmla(shape: Shape, work: Workload) -> Call:
     schedule, _ = flash_mla.get_mla_metadata()
 
     def call() -> torch.Tensor:
-        return flash_mla.flash_mla_with_kvcache(
+        out: torch.Tensor = flash_mla.flash_mla_with_kvcache(
             q, cache, batch.page_table, batch.seq_lens, 512, schedule, softmax_scale=work.layer.scale, causal=False,
             is_fp8_kvcache=False, use_legacy=True,
         )[0]  # fmt: skip
+        return out
 
     call()
     return call
