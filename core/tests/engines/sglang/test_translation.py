@@ -256,7 +256,19 @@ def test_layers_that_the_contract_cannot_say_are_refused(what: str) -> None:
         SGLangBackend("auto", runner(Layers(**asked)))
 
 
-def test_a_soft_cap_is_part_of_the_plan(changed: Any) -> None:
+def test_keys_that_are_not_given_are_there_already() -> None:
+    model = Layers()
+    of = runner(model)
+    ours = SGLangBackend("auto", of)
+    given = batch(ForwardMode.EXTEND, [1], [4], [4], of)
+    ours.init_forward_metadata(given)
+    q, k, v = states(4)
+    wanted = ours.forward(q, k, v, model.attention(0), given)
+    assert torch.equal(ours.forward(q, None, None, model.attention(0), given), wanted)
+    assert torch.equal(ours.forward(q, k * 9, v * 9, model.attention(0), given, save_kv_cache=False), wanted)
+
+
+def test_a_soft_cap_is_part_of_the_plan() -> None:
     of = runner(Layers(logit_cap=5.0))
     assert SGLangBackend("auto", of)._of_layer[0][1].softcap == 5.0
 

@@ -216,6 +216,7 @@ class SGLangBackend(AttentionBackend):  # type: ignore[misc]
         assert self.forward_metadata is not None, "init_forward_metadata comes before attention"
         router, batch = self._groups[index].router, self.forward_metadata[index]
         q = q.reshape(-1, planned.num_q_heads, planned.qk_head_dim).contiguous()
+        save_kv_cache = save_kv_cache and k is not None  # without keys they are there already
         if k is not None:
             k = k.reshape(-1, planned.num_kv_heads, planned.qk_head_dim).contiguous()
         latent = planned.kind == "mla" or v is None
