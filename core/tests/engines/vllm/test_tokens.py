@@ -44,22 +44,35 @@ def test_a_backend_for_each_phase(
     assert {name for name, mode in ran if mode == "EXTEND"} == {prefills}
 
 
+def test_a_prefix_that_is_shared_in_the_step_that_fills_it(ours: Ours, stock: Stock, ran: Ran) -> None:
+    """One token left of the second prompt: a decode to the plan, of keys that the first prompt's backend attends to."""
+    first = [3 + i * 7 % 200 for i in range(200)]
+    options: dict[str, Any] = {"prompts": (first, [*first[:192], 77]), "max_num_batched_tokens": 512, "block_size": 32}
+    made = ours("llama", "prefill=guest,decode=torch_native", **options)
+    assert made.tokens == stock("llama", **options).tokens
+    assert ("guest", "EXTEND") in ran
+
+
 def test_additional_config_comes_before_the_environment(ours: Ours, stock: Stock, ran: Ran) -> None:
     made = ours("llama", "torch_native", additional_config={"attn_backend": "guest"}, block_size=16)
     assert made.tokens == stock("llama").tokens
     assert {name for name, _ in ran} == {"guest"}
 
 
-def test_windows_and_a_soft_cap(ours: Ours, stock: Stock, ran: Ran) -> None:
-    made = ours("gemma2", "auto", block_size=16)
-    assert made.tokens == stock("gemma2").tokens
+@pytest.mark.parametrize("model", ["gemma2", "gpt_oss"])
+def test_windows_soft_caps_and_sinks(model: str, ours: Ours, stock: Stock, ran: Ran) -> None:
+    """Layers with windows and without, in caches of their own."""
+    made = ours(model, "auto", block_size=16)
+    assert made.tokens == stock(model).tokens
     assert made.again == made.tokens
     assert {name for name, _ in ran} == {"torch_native"}
 
 
-@pytest.mark.parametrize("forgotten", ["sliding_window", "softcap"])
+@pytest.mark.parametrize(
+    ("model", "forgotten"), [("gemma2", "sliding_window"), ("gemma2", "softcap"), ("gpt_oss", "sinks")]
+)
 def test_the_tokens_show_what_a_backend_forgets(
-    forgotten: str, ours: Ours, stock: Stock, monkeypatch: pytest.MonkeyPatch
+    model: str, forgotten: str, ours: Ours, stock: Stock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dataclasses import replace
 
@@ -67,13 +80,13 @@ def test_the_tokens_show_what_a_backend_forgets(
         name = "forgetful"
 
         def forward_extend(self, q: Any, k: Any, v: Any, layer: Any, *args: Any, **options: Any) -> Any:
-            nothing: Any = {"sliding_window": None, "softcap": 0.0}[forgotten]
+            nothing: Any = 0.0 if forgotten == "softcap" else None
             return super().forward_extend(q, k, v, replace(layer, **{forgotten: nothing}), *args, **options)
 
     text = Path(attn_core.__file__).with_name("torch_native.toml").read_text(encoding="utf-8")
     attn_core.register(Forgetful, Manifest.parse(text.replace('name = "torch_native"', 'name = "forgetful"')))
     try:
-        assert ours("gemma2", "forgetful", block_size=16).tokens != stock("gemma2").tokens
+        assert ours(model, "forgetful", block_size=16).tokens != stock(model).tokens
     finally:
         attn_core.unregister("forgetful")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import transformers as hf
 
 # initializer_range 0.2: with the default 0.02 attention is nearly uniform, and a wrong mask hardly changes a logit.
@@ -33,8 +34,21 @@ def gemma2() -> Any:
     return model
 
 
+def gpt_oss() -> Any:
+    model = hf.GptOssForCausalLM(
+        hf.GptOssConfig(
+            **BASE, head_dim=32, sliding_window=32, num_local_experts=4, num_experts_per_tok=2,
+            layer_types=["sliding_attention", "full_attention"], pad_token_id=0,
+        )
+    )  # fmt: skip
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks, std=2.0)
+    return model
+
+
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**BASE)),
     "gemma2": gemma2,
+    "gpt_oss": gpt_oss,
     "deepseek": lambda: hf.DeepseekV2ForCausalLM(hf.DeepseekV2Config(**LATENT)),
 }

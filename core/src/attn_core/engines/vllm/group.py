@@ -25,8 +25,8 @@ _GRAPH_MODES: Final = (ForwardMode.DECODE, ForwardMode.TARGET_VERIFY)
 class Step:
     """What vLLM hands to our layers in a step: the batch, and what runs it.
 
-    ``writes_first``: prompts and decodes run apart, and one may read a page that the other fills in this step (a prefix
-    that vLLM shares as soon as it is scheduled), so all keys are written before any is read.
+    ``writes_first``: there are prompts and decodes, which may run apart. vLLM shares a prefix as soon as it is
+    scheduled, so one may read a page that the other fills in this step: all keys are written before any is read.
     """
 
     backend: PhaseRouter
@@ -56,7 +56,6 @@ class CacheGroup:
         self._spans = plan.config.bidirectional_spans
         self._max_requests = int(config.scheduler_config.max_num_seqs)
         self._max_seq_len = int(plan.config.max_context_len or config.model_config.max_model_len)
-        self._apart = self.router.backends.get("prefill") is not self.router.backends.get("decode")
         self._buffers: dict[ForwardMode, StaticBatch] = {}
         self._captured: dict[tuple[ForwardMode, int], ForwardBatch] = {}
 
@@ -115,7 +114,7 @@ class CacheGroup:
         return self._buffers[mode]
 
     def _of(self, batch: ForwardBatch) -> Step:
-        return Step(self.router, batch, batch.num_tokens, self._apart and batch.mode is ForwardMode.MIXED)
+        return Step(self.router, batch, batch.num_tokens, batch.mode is ForwardMode.MIXED)
 
 
 def wrap(caches: dict[int, Tensor], key_width: int, dtype: torch.dtype) -> KVCache:

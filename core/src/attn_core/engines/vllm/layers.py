@@ -8,10 +8,10 @@ from typing import Any, Final
 
 import torch
 
+from attn_core.engines.facts import DTYPE_NAMES, dtype_name
 from attn_core.errors import ConfigError
 from attn_core.planning.config import LayerKind
 
-_DTYPES: Final = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 _FP8: Final = {"fp8": "fp8_e4m3", "fp8_e4m3": "fp8_e4m3", "fp8_e5m2": "fp8_e5m2"}
 
 #: What vLLM may ask a backend for and this adapter has no translation of: the name of vLLM's flag, what it is.
@@ -26,16 +26,9 @@ UNTRANSLATED: Final[Mapping[str, str]] = {
 }
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """The planner's name. Raises ConfigError for a dtype that attention is not computed in."""
-    if dtype not in _DTYPES:
-        raise ConfigError(f"attention in {dtype}", given=str(dtype), accepted=", ".join(_DTYPES.values()))
-    return _DTYPES[dtype]
-
-
 def kv_dtype_name(cache_dtype: str | None, dtype: torch.dtype) -> str:
     """The planner's name of vLLM's kv_cache_dtype in a model of ``dtype``. Raises ConfigError for one it has not."""
-    if cache_dtype in (None, "auto", _DTYPES.get(dtype)):
+    if cache_dtype in (None, "auto", DTYPE_NAMES.get(dtype)):
         return "auto"
     if cache_dtype not in _FP8:
         raise ConfigError(

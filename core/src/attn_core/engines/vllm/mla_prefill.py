@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from vllm.v1.attention.backends.mla.prefill.base import MLAPrefillBackend
 
-from attn_core.engines.vllm.layers import dtype_name
+from attn_core.engines.facts import dtype_name
 from attn_core.engines.vllm.planning import system_here
 from attn_core.engines.vllm.selection import asked_backend
 from attn_core.errors import AttnError, ConfigError

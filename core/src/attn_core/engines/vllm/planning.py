@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from attn_core.engines.vllm.layers import UNTRANSLATED, dtype_name, kv_dtype_name
+from attn_core.engines.facts import dtype_name, system_of
+from attn_core.engines.vllm.layers import UNTRANSLATED, kv_dtype_name
 from attn_core.errors import AttnError, PlanError
-from attn_core.generate.session import pick_device
 from attn_core.planning.config import AttentionConfig, LayerKind, Phase
 from attn_core.planning.explain import describe_kind
 from attn_core.planning.plan import Plan, plan
@@ -24,7 +24,7 @@ def system_here() -> System:
     """The machine as vLLM uses it. Raises UsageError where ATTN_FORCE_SYSTEM names another one."""
     from vllm.platforms import current_platform
 
-    return pick_device(current_platform.device_type)[1]
+    return system_of(current_platform.device_type)
 
 
 def draft_tokens(vllm_config: Any) -> int:
