@@ -73,7 +73,9 @@ def test_ids_reproduce_their_cases(tier, target: Target) -> None:  # type: ignor
 @pytest.mark.parametrize(
     "text",
     ["", "decode", "decode/8x2x64", "prefil/8x2x64/1@0", "decode/8x2x64/1@0/pagesize=3", "decode/8x2x64/1@0/lsee",
-     "decode/8x2x64/1", "decode/8x2x64+windw=3/1@0"],
+     "decode/8x2x64/1", "decode/8x2x64+windw=3/1@0", "decode/8x2x64+window=x/1@0", "decode/8x2x64/1@0/page_size=12x",
+     "decode/8x2x64/1@0/batch=0", "decode/8x2x64/1@0/memory=upside", "verify/8x2x64/3@0/tree=oak",
+     "decode/8x2x64/1@0/dtype=int8", "decode/8x2x64+window=-3/1@0", "decode/8x3x64/1@0", "decode/8x2x64/1@0/seed="],
 )  # fmt: skip
 def test_what_is_no_case_id_is_refused(text: str) -> None:
     with pytest.raises(UsageError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
@@ -15,14 +16,16 @@ from attn_core.planning.discovery import register
 from attn_core.planning.manifest import Manifest
 from attn_core.planning.system import System
 from attn_core.runtime.torch_native.backend import TorchNativeBackend
+from attn_core.testing.agenda import agenda
 from attn_core.testing.blame import explain
 from attn_core.testing.cases import Case
 from attn_core.testing.proof import Evidence
 from attn_core.testing.refusals import check_refusal, refusal_cases
-from attn_core.testing.report import ROWS
+from attn_core.testing.rows import ROWS
 from attn_core.testing.run import Target, run_case
 from attn_core.testing.runner import verify
 from attn_core.testing.scene import Scene
+from attn_core.testing.workers import run_job
 
 WINDOW = "decode/8x2x64+window=16/1@31/dtype=float32"
 
@@ -241,3 +244,98 @@ def test_failures_are_explained_by_the_claim_they_share(target: Target) -> None:
 def test_refusals_of_torch_native_hold(target: Target) -> None:
     for case in refusal_cases(target.ref.manifest, "contract", target.system):
         assert check_refusal(case, target, probe=False).status == "passed", case.id
+
+
+class Clock:
+    """A clock of which every look takes a second."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def time(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+@pytest.mark.parametrize(("beyond", "tiers", "outcome"), [(-30, [], "not_run"), (5, ["contract"], "proved")])
+def test_a_run_that_its_time_cut_off_says_what_it_proved(
+    beyond: int, tiers: list[str], outcome: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had time for so many cases beyond the first tier."""
+    monkeypatch.setattr("attn_core.testing.runner.time", Clock())
+    wide = {"page_sizes": {"multiple_of": 16, "max": 128}}
+    with register(TorchNativeBackend, manifest_of("small", **wide)) as ref:
+        first = agenda(ref.manifest, "contract", System("cpu"))
+        report = verify("small", "numerics", max_seconds=first.size + beyond, evidence_dir=tmp_path)
+    assert report.exit_code == 0
+    (path,) = tmp_path.glob("*/small.json")
+    data = json.loads(path.read_text())
+    ran, of = data["done"]["contract"].values()
+    assert (ran == of) == (tiers == ["contract"])
+    assert data["done"]["numerics"]["ran"] < data["done"]["numerics"]["of"]
+    assert data["tiers"] == tiers
+    cut = data["not_run"]["not begun: out of time"]
+    assert cut == data["cases"]["not_run"] == sum(done["of"] - done["ran"] for done in data["done"].values())
+    assert {data["features"][name]["outcome"] for name in ("decode", "mha")} == {outcome}
+    assert "not begun" in data["features"]["decode"]["note"]
+    assert "not all of it ran" in report.table()
+
+
+def test_a_run_in_which_nothing_had_time_leaves_no_evidence(tmp_path: Path) -> None:
+    report = verify("torch_native", max_seconds=0, evidence_dir=tmp_path)
+    assert report.exit_code == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_backend_that_always_raises_is_said_to_and_not_called_wrong() -> None:
+    class Absent(TorchNativeBackend):
+        name = "absent"
+
+        def forward_extend(self, *given: Any, **options: Any) -> Any:
+            raise RuntimeError("libattention.so.3: cannot open shared object file")
+
+    with register(Absent, manifest_of("absent", features=["sliding_window"])):
+        report = verify("absent", max_failures=7)
+    assert report.count("failed") == 7
+    assert {row.outcome for row in report.rows if row.declared} == {"raised"}
+    assert set(report.not_run) == {"not begun: 7 cases had failed"}
+    assert "decode (raised)" in report.table()
+
+
+def test_warnings_of_a_backend_are_told_once() -> None:
+    class Talker(TorchNativeBackend):
+        name = "talker"
+
+        def init_forward_metadata(self, batch: Any) -> None:
+            warnings.warn("strides are copied", UserWarning, stacklevel=1)
+            super().init_forward_metadata(batch)
+
+    with register(Talker, manifest_of("talker")):
+        report = verify("talker", select="/joined")
+    assert report.exit_code == 0
+    assert f"warned in {report.count('passed')} cases: UserWarning: strides are copied" in report.table()
+
+
+def test_what_works_and_is_not_declared_is_told() -> None:
+    with register(TorchNativeBackend, manifest_of("modest", features=["sinks"])):
+        report = verify("modest")
+    rows = {row.name: row for row in report.rows}
+    assert rows["softcap"].outcome == "under_claimed"
+    assert rows["softcap"].passed > 20  # not its plain refusal alone: everything that would prove it
+    # the one feature that depends on what it stands beside: the bits of a sink's rows depend on their place
+    assert rows["batch_invariant"].outcome == "refused"
+    assert "refused cases work when asked all the same" in rows["batch_invariant"].note
+    assert "works, and is not declared: head_dim, as in decode/" in report.table()
+
+
+def test_an_error_of_the_kit_itself_fails_the_case_and_not_the_run(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*given: Any, **options: Any) -> Any:
+        raise StopIteration
+
+    monkeypatch.setattr("attn_core.testing.workers.check_refusal", broken)
+    case = replace(Case.parse(WINDOW), refused="feature_unsupported")
+    (result,) = run_job(case, target, probe=True, deadline=None)
+    assert result.status == "failed"
+    assert "StopIteration" in result.faults[0].message

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
     from attn_core.testing.axes import Tier
     from attn_core.testing.run import Result
 
+#: Failures that are printed as they come.
+_FAILURES_TOLD: Final = 20
+_MINUTE: Final = 60.0
 _TIERS: Final = click.Choice(["contract", "numerics", "stress"])
 
 
@@ -26,6 +31,7 @@ _TIERS: Final = click.Choice(["contract", "numerics", "stress"])
 @click.option("--case", metavar="ID", help="That one case, by the id that a failure printed.")
 @click.option("--select", default="", metavar="TEXT", help="Only the cases with this text in their id.")
 @click.option("--max-seconds", type=click.FloatRange(min=0), help="Begin nothing after so long; says what did not run.")
+@click.option("--max-failures", type=click.IntRange(min=1), help="Begin nothing after so many cases have failed.")
 @click.option("--junit", type=click.Path(path_type=Path, dir_okay=False), help="Write JUnit XML.")
 @click.option("--evidence", type=click.Path(path_type=Path, file_okay=False), help="Write DIR/<device>/<backend>.json.")
 @click.option("-n", "--workers", type=click.IntRange(min=1), help="Processes. [default: 1, for --case none of its own]")
@@ -39,24 +45,20 @@ def command(
     junit: Path | None,
     evidence: Path | None,
     max_seconds: float | None,
+    max_failures: int | None,
     workers: int | None,
 ) -> int:
     """Prove what the backend NAME claims: what is declared is right, what is not declared is refused.
 
-    Prints a table of features; exits with 1 if a claim is false.
+    Prints a table of features; exits with 1 if a claim is false. The tier contract has up to two thousand cases,
+    numerics adds twice as many, stress as many again and 2000 random ones. A processor does some forty in a second.
     """
     from attn_core.runtime.threads import set_threads
     from attn_core.testing.runner import verify
 
     set_threads()
     with Progress() as progress:
-
-        def on_case(done: int, total: int, result: Result) -> None:
-            if result.status == "failed":
-                progress.close()
-                note(f"FAILED {result.case.id}\n  {result.faults[0]}")
-            progress(f"verifying {name}", done, total)
-
+        on_case = _Told(name, progress)
         report = verify(
             name,
             tier,
@@ -67,11 +69,38 @@ def command(
             junit=junit,
             evidence_dir=evidence,
             max_seconds=max_seconds,
+            max_failures=max_failures,
             workers=workers or (0 if case else 1),
             progress=on_case,
         )
+    on_case.end()
     print(report.table())
     return report.exit_code
+
+
+class _Told:
+    """Tells of a run while it runs: how far it is, and the first failures."""
+
+    def __init__(self, name: str, progress: Progress) -> None:
+        self._name, self._progress = name, progress
+        self._failed = 0
+        self._said = time.monotonic()
+
+    def __call__(self, done: int, total: int, result: Result) -> None:
+        if result.status == "failed":
+            self._failed += 1
+            if self._failed <= _FAILURES_TOLD:
+                self._progress.close()
+                note(f"FAILED {result.case.id}\n  {result.faults[0]}")
+        self._progress(f"verifying {self._name}", done, total)
+        if not sys.stderr.isatty() and time.monotonic() - self._said > _MINUTE:
+            self._said = time.monotonic()
+            note(f"attn: {done} of {total} cases, {self._failed} failed")
+
+    def end(self) -> None:
+        """Say how many failures were not told of; the table explains them."""
+        if self._failed > _FAILURES_TOLD:
+            note(f"and {self._failed - _FAILURES_TOLD} more failures")
 
 
 def _own_device() -> str:

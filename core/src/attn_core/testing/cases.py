@@ -145,7 +145,9 @@ class Case:
             raise UsageError(f"case id {text!r}: layer kinds and requests", given=text, accepted="MODE/8x2x64/4@16,...")
         pattern = tuple(Request.parse(part) for part in patterns[0].split(","))
         case = cls(mode=mode, kinds=kinds, pattern=pattern)  # type: ignore[arg-type]
-        return _with_settings(case, [part for part in rest if not _KIND.match(part) and "@" not in part])
+        case = _with_settings(case, [part for part in rest if not _KIND.match(part) and "@" not in part])
+        case.config()  # what no model can ask for is refused as any config is
+        return case
 
     def config(self) -> AttentionConfig:
         """What planning is asked for this case. Layer i of the case is of kind i; equal kinds are one kind."""
@@ -227,6 +229,13 @@ def _window_claim(kind: LayerKind, page: int) -> str:
 
 _PLAIN: Final = ("batch", "dtype", "kv_dtype", "page_size", "layout", "memory", "tree", "refused", "seed")
 _DEFAULTS: Final = {f.name: f.default for f in fields(Case)}
+#: What the values of settings look like, where that is more than a word or a number.
+_VALUES: Final = {
+    "memory": "|".join(MEMORIES),
+    "tree": r"top\d+(dead)?",
+    "batch": r"[1-9]\d*",
+    "page_size": r"[1-9]\d*",
+}
 _KIND: Final = re.compile(r"(mla:)?(\d+)x(\d+)x(\d+)(?:-(\d+))?(?=\+|$)")
 
 
@@ -262,7 +271,10 @@ def parse_kind(text: str) -> LayerKind:
         name, _, value = extra.partition("=")
         if name not in _EXTRAS:
             raise UsageError(f"{extra!r} in a case id", given=extra, accepted=tuple(_EXTRAS))
-        kind = _EXTRAS[name](kind, value)
+        try:
+            kind = _EXTRAS[name](kind, value)
+        except ValueError:
+            raise UsageError(f"{extra!r} in a case id", given=extra, accepted=f"{name}=NUMBER") from None
     return kind
 
 
@@ -284,6 +296,8 @@ def _with_settings(case: Case, parts: Iterable[str]) -> Case:
         if not equals and name in OPTIONS:
             options.add(name)
         elif equals and name in _PLAIN:
+            if not re.fullmatch(_VALUES.get(name, r"\d+" if isinstance(_DEFAULTS[name], int) else r"\w+"), value):
+                raise UsageError(f"{part!r} in a case id", given=part, hint="copy an id that attn verify printed")
             case = replace(case, **{name: int(value) if isinstance(_DEFAULTS[name], int) else value})  # type: ignore[arg-type]
         else:
             near = nearest(name, [*OPTIONS, *_PLAIN])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -10,13 +12,16 @@ import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from attn_core.planning.discovery import BackendRef
 from attn_core.planning.distributions import scan
 from attn_core.testing.devices import Place
 from attn_core.testing.proof import EVIDENCE_SCHEMA, EVIDENCE_VERSION
 from attn_core.testing.report import Report
+
+#: The files of a package that decide what it computes.
+_CODE: Final = (".py", ".toml", ".json", ".so", ".xz", ".hsaco", ".cubin", ".ptx", ".cu", ".cpp")
 
 
 def facts(ref: BackendRef, place: Place) -> dict[str, Any]:
@@ -25,7 +30,25 @@ def facts(ref: BackendRef, place: Place) -> dict[str, Any]:
         "distribution": {"name": ref.dist, "version": ref.version},
         "device": {"name": place.name, "system": place.system.device},
         "versions": {**versions(ref), **place.versions},
+        "code": {name: code_hash(module) for name, module in _packages(ref).items()},
     }
+
+
+def _packages(ref: BackendRef) -> dict[str, str]:
+    """The packages whose code took part: distribution -> top-level module."""
+    return {"attn-core": "attn_core", ref.dist: ref.object.partition(":")[0].partition(".")[0]}
+
+
+def code_hash(module: str) -> str:
+    """Twelve digits of the SHA-256 over every file of a package: two checkouts of one version are told apart."""
+    spec = importlib.util.find_spec(module)
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
+    digest = hashlib.sha256()
+    files = {path.relative_to(folder): path for folder in folders for path in folder.rglob("*")}
+    for inner, path in sorted(files.items()):
+        if path.suffix in _CODE and inner.parts[0] != "evidence":  # which the core's wheel carries
+            digest.update(inner.as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def versions(ref: BackendRef) -> dict[str, str]:
@@ -35,8 +58,17 @@ def versions(ref: BackendRef) -> dict[str, str]:
     dists = {d.name: d.version for d in scan(None).values()}
     wanted = ["attn-core", ref.dist, *(name for r in ref.manifest.requires_dists for name in r.found(dists))]
     found = {name: dists[name] for name in dict.fromkeys(wanted) if name in dists}
-    extra = {"cuda": torch.version.cuda} if torch.cuda.is_available() and torch.version.cuda else {}
-    return {"python": platform.python_version(), **found, "torch": torch.__version__, **extra}
+    return {"python": platform.python_version(), **found, "torch": torch.__version__, **_of_cuda()}
+
+
+def _of_cuda() -> dict[str, str]:
+    """What torch was built for, and what the driver speaks; nothing without a device."""
+    import torch
+
+    if not torch.cuda.is_available() or not torch.version.cuda:
+        return {}
+    driver: int = getattr(torch._C, "_cuda_getDriverVersion")()  # noqa: B009 - only in builds for CUDA
+    return {"cuda": torch.version.cuda, "cuda driver": f"{driver // 1000}.{driver % 1000 // 10}"}
 
 
 def to_json(report: Report) -> dict[str, Any]:
@@ -53,6 +85,7 @@ def to_json(report: Report) -> dict[str, Any]:
         "seed": report.seed,
         "duration_s": round(report.seconds, 1),
         "cases": {name: report.count(name) for name in ("passed", "failed", "not_run")},
+        "not_run": report.not_run,
         "features": {
             row.name: {"outcome": row.outcome, "passed": row.passed, "failed": row.failed, "note": row.note}
             for row in report.rows

@@ -76,7 +76,7 @@ def _row(ref: BackendRef, runs: list[Evidence]) -> Row:
 def _cell(claimed: bool, names: tuple[str, ...], runs: list[Evidence]) -> Cell:
     for level in LEVELS:
         found = [(run, {run.outcomes.get(name) for name in names}) for run in runs if run.level == level]
-        failed = tuple(run for run, outcomes in found if "over_claimed" in outcomes)
+        failed = tuple(run for run, outcomes in found if outcomes & {"over_claimed", "raised"})
         if failed:
             return Cell("failed", failed)
         if claimed:

@@ -18,7 +18,8 @@ from attn_core.testing.axes import TIERS, Tier
 from attn_core.testing.cases import Case
 from attn_core.testing.checks import Fault
 from attn_core.testing.devices import Place, at
-from attn_core.testing.report import Report, rows_of
+from attn_core.testing.report import Report
+from attn_core.testing.rows import rows_of
 from attn_core.testing.run import Result, Target
 from attn_core.testing.runner import check_usable
 from attn_core.testing.workers import run_job

@@ -1,48 +1,18 @@
-"""What a run of the kit found, feature by feature: proved, refused, over-claimed, under-claimed, or not run."""
+"""What a run of the kit found, for people and for CI: the table, what failed with how to repeat it, and JUnit XML."""
 
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Final, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
-from attn_core.planning.config import FEATURES, PHASES
-from attn_core.planning.manifest import Clause, Manifest
-from attn_core.planning.system import System
 from attn_core.testing.agenda import FUZZ, Done
 from attn_core.testing.axes import TIERS, Tier
-from attn_core.testing.blame import Blame, claims_of, explain
-from attn_core.testing.run import NOT_BEGUN, Result
-
-Outcome = Literal["proved", "refused", "over_claimed", "under_claimed", "not_run"]
-
-#: What the table has a row for besides the features of the closed set: row -> what it says.
-SHAPES: Final[Mapping[str, str]] = {
-    **{phase: f"the phase {phase}" for phase in PHASES},
-    "mha": "layers with keys and values for each KV head",
-    "mla": "layers over the paged latent",
-    "page_size_gt_1": "native pages of more than one token",
-    **{f"kv_{name}": f"a cache of {name}" for name in ("fp8_e4m3", "fp8_e5m2")},
-}
-ROWS: Final[tuple[str, ...]] = (*FEATURES, *SHAPES)
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One feature: whether it is declared for this machine, and what its cases found.
-
-    ``passed`` and ``failed`` count positive cases of a declared feature, and refusals of one that is not. ``first`` is
-    the id of the first case that speaks against the declaration.
-    """
-
-    name: str
-    declared: bool
-    outcome: Outcome
-    passed: int = 0
-    failed: int = 0
-    note: str = ""
-    first: str = ""
+from attn_core.testing.blame import Blame
+from attn_core.testing.rows import FALSE, NO_CASE, Row, refused_for
+from attn_core.testing.run import Result
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,20 +68,43 @@ class Report:
         body = [
             (row.name, "yes" if row.declared else "no", row.outcome.replace("_", "-"), _cases(row), row.note)
             for row in self.rows
+            if row.note != NO_CASE
         ]
         widths = [max(len(line[i]) for line in (heads, *body)) for i in range(4)]
         for line in (heads, *body):
             cells = [cell.ljust(width) for cell, width in zip(line, widths, strict=False)]
             lines.append("  ".join([*cells, line[4]]).rstrip())
-        lines += ["", f"{self.count('passed')} passed, {self.count('failed')} failed, {self.count('not_run')} not run"
-                  f" in {self.seconds:.1f} s"]  # fmt: skip
+        for blames in self._by_feature():
+            lines += ["", *_headline(blames)]
+            lines.append(f"  attn verify {self.backend} --device {self.device} --case '{blames[0].first.case.id}'")
+        return "\n".join([*lines, "", *self._summary(), *self.notes])
+
+    def _by_feature(self) -> list[list[Blame]]:
+        """The blames, those of one feature and one check together."""
+        found: dict[tuple[str, str], list[Blame]] = {}
+        for blame in self.blames:
+            found.setdefault((blame.feature, blame.check), []).append(blame)
+        return list(found.values())
+
+    def _summary(self) -> list[str]:
+        """The counts, and what is false, what did not run, what works undeclared, what was warned of."""
+        lines = [
+            f"{self.count('passed')} passed, {self.count('failed')} failed, {self.count('not_run')} not run"
+            f" in {self.seconds:.1f} s"
+        ]
+        false = [f"{row.name} ({row.outcome.replace('_', '-')})" for row in self.rows if row.outcome in FALSE]
+        lines += [f"false: {', '.join(false)}"] if false else []
         if any(part.ran < part.of for part in self.done.values()):
             lines.append("not all of it ran: " + ", ".join(f"{n} {d.ran} of {d.of}" for n, d in self.done.items()))
-        for blame in self.blames:
-            lines += ["", f"{blame}", *(f"  {fault}" for fault in blame.first.faults[:3])]
-            lines.append(f"  attn verify {self.backend} --device {self.device} --case '{blame.first.case.id}'")
-        lines += ["", *(f"works, and is not declared: {text}" for text in self.undeclared)] if self.undeclared else []
-        return "\n".join([*lines, *self.notes])
+        lines += [f"not run, {count}: {note}" for note, count in self.not_run.items()]
+        lines += [f"works, and is not declared: {text}" for text in self.undeclared]
+        warned = Counter(text for result in self.results for text in result.warnings)
+        return lines + [f"warned in {count} cases: {text}" for text, count in warned.items()]
+
+    @property
+    def not_run(self) -> dict[str, int]:
+        """Why cases did not run, and how many for each reason."""
+        return dict(Counter(result.note for result in self.results if result.status == "not_run"))
 
     @property
     def undeclared(self) -> tuple[str, ...]:
@@ -119,117 +112,24 @@ class Report:
         return tuple(
             f"{r.case.refused.removesuffix('_unsupported')}, as in {r.case.id}"
             for r in self.results
-            if r.works_undeclared and not _refused_for(r)
+            if r.works_undeclared and not refused_for(r)
         )
+
+
+def _headline(blames: Sequence[Blame]) -> list[str]:
+    """What fails, and how it shows; the claims of one feature in one line."""
+    if len(blames) == 1:
+        return [str(blames[0]), *(f"  {fault}" for fault in blames[0].first.faults[:3])]
+    claims = ", ".join(blame.claim for blame in blames)
+    failed, tried = sum(blame.failed for blame in blames), sum(blame.tried for blame in blames)
+    line = f"{blames[0].feature} ({claims}): {failed} of {tried} cases fail, first {blames[0].first.case.id}"
+    return [line, *(f"  {fault}" for fault in blames[0].first.faults[:3])]
 
 
 def _cases(row: Row) -> str:
     if not row.passed + row.failed:
         return "-"
     return f"{row.passed} passed" + (f", {row.failed} failed" if row.failed else "")
-
-
-def rows_of(
-    manifest: Manifest, system: System, results: Sequence[Result], *, eager_graphs: bool, whole: bool = True
-) -> tuple[tuple[Row, ...], tuple[Blame, ...]]:
-    """The rows of the table and why cases failed.
-
-    eager_graphs: nothing was captured, calls were repeated. whole: the first tier ran to its end; if it did not, what
-    had no time proves nothing.
-    """
-    blames = tuple(explain(results))
-    here = [
-        c for c in manifest.clauses if (system.device in c.devices or "any" in c.devices) and c.arch.allows(system.arch)
-    ]
-    declared = {name for clause in here for name in _declared(clause)}
-    blamed = {blame.feature: blame for blame in blames}
-    rows = [
-        _cut(_declared_row(name, results, blamed, blames), results, whole)
-        if name in declared
-        else _undeclared_row(name, results)
-        for name in ROWS
-    ]
-    return tuple(_eager_graphs(row, system) if eager_graphs else row for row in rows), blames
-
-
-def _cut(row: Row, results: Sequence[Result], whole: bool) -> Row:
-    """What a row may say if some of its cases were not begun."""
-    count = sum(r.note.startswith(NOT_BEGUN) and row.name in row_names(r) for r in results if not r.case.refused)
-    if not count or row.outcome != "proved":
-        return row
-    note = "; ".join(filter(None, [row.note, f"{count} not begun"]))
-    return replace(row, outcome="proved" if whole else "not_run", note=note)
-
-
-def _eager_graphs(row: Row, system: System) -> Row:
-    """What can be said of graphs where there are none: their bookkeeping at most, and on a CPU nothing."""
-    if row.name != "cuda_graph" or row.outcome != "proved":
-        return row
-    note = "nothing was captured: the calls were repeated over the same buffers"
-    return replace(row, outcome="not_run" if system.device == "cpu" else row.outcome, note=note)
-
-
-def _declared(clause: Clause) -> set[str]:
-    pages = zip(clause.pages, range(2), strict=False)
-    return {
-        *clause.features,
-        *clause.phases,
-        clause.kind,
-        *(f"kv_{name}" for name in clause.kv_dtypes),
-        *(["page_size_gt_1"] if any(size > 1 for size, _ in pages) else []),
-    }
-
-
-def row_names(result: Result) -> frozenset[str]:
-    """The rows that a case speaks for."""
-    case = result.case
-    names = {*case.features, *case.phases, f"kv_{case.kv_dtype}"}
-    names |= {kind.kind for kind in case.kinds if kind.ragged == (case.mode == "ragged")}
-    return frozenset(names | ({"page_size_gt_1"} if case.page_size > 1 and case.mode != "ragged" else set()))
-
-
-def _declared_row(name: str, results: Sequence[Result], blamed: Mapping[str, Blame], blames: Sequence[Blame]) -> Row:
-    mine = [r for r in results if not r.case.refused and name in row_names(r)]
-    passed = [r for r in mine if r.status == "passed"]
-    failed = [r for r in mine if r.status == "failed"]
-    skipped = [r for r in mine if r.status == "not_run"]
-    if name in blamed:
-        blame = blamed[name]
-        return Row(name, True, "over_claimed", len(passed), len(failed), blame.check, blame.first.case.id)
-    if not passed and failed:
-        return Row(name, True, "over_claimed", 0, len(failed), "every case fails", failed[0].case.id)
-    if not passed:
-        return Row(name, True, "not_run", note=skipped[0].note if skipped else "no case of this tier")
-    if failed:
-        # proved if it fails only beside another feature that is over-claimed; not if it fails for its shapes
-        others = {blame.feature for blame in blames} & set(ROWS)
-        cause = next(b for b in blames if b.claim in claims_of(failed[0]))
-        outcome: Outcome = "proved" if all(others & row_names(r) for r in failed) else "over_claimed"
-        return Row(name, True, outcome, len(passed), len(failed), f"fails for {cause.claim}", failed[0].case.id)
-    return Row(name, True, "proved", len(passed))
-
-
-def _undeclared_row(name: str, results: Sequence[Result]) -> Row:
-    mine = [r for r in results if r.case.refused and r.status != "not_run" and name in _refused_for(r)]
-    failed = [r for r in mine if r.status == "failed"]
-    works = [r for r in mine if r.works_undeclared]
-    if failed:
-        return Row(name, False, "over_claimed", len(mine) - len(failed), len(failed), "not refused", failed[0].case.id)
-    note = f"{len(works)} of {len(mine)} refused cases work when asked all the same" if works else ""
-    if works and len(works) == len(mine):
-        return Row(name, False, "under_claimed", len(mine), 0, note, works[0].case.id)
-    return Row(name, False, "refused" if mine else "not_run", len(mine), 0, note)
-
-
-def _refused_for(result: Result) -> frozenset[str]:
-    """The rows that a refusal speaks for: what the case has and the clause lacks."""
-    case = result.case
-    by_code: dict[str, set[str]] = {
-        "feature_unsupported": {*case.features},
-        "phase_unsupported": {*case.phases},
-        "kv_dtype_unsupported": {f"kv_{case.kv_dtype}"},
-    }
-    return frozenset(by_code.get(case.refused, ()))
 
 
 def junit_xml(report: Report) -> str:

@@ -81,6 +81,8 @@ class Result:
     seconds: float = 0.0
     #: an undeclared case that was refused as it must be, and gives right answers when it is asked all the same
     works_undeclared: bool = False
+    #: what was warned of while it ran, each once
+    warnings: tuple[str, ...] = ()
 
 
 def run_case(case: Case, target: Target) -> Result:
@@ -225,8 +227,18 @@ class Trial:
             found += wrong_form
             if not wrong_form:
                 expected = expect(problems(q, layer, step.batch, self.cache), q, layer, self.precision)
-                found += output_faults(output, expected, f"layer {layer.layer_id}")
+                found += self._likened(output_faults(output, expected, f"layer {layer.layer_id}"), output, inputs, step)
         return found
+
+    def _likened(self, faults: list[Fault], output: Output, inputs: Inputs, step: Step) -> list[Fault]:
+        """The faults of an output, the first of them with the known mistake that would give it."""
+        if not faults:
+            return []
+        from attn_core.testing.mistakes import likeness
+
+        mistake = likeness(output, inputs, step.batch, self.cache, self.precision)
+        first, *rest = faults
+        return [replace(first, message=f"{first.message}; it is right for {mistake}") if mistake else first, *rest]
 
     def _run_poisoned(self) -> list[Fault]:
         """The same with NaN and infinities in every slot that holds no token: not a bit may change."""

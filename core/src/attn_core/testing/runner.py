@@ -18,7 +18,8 @@ from attn_core.testing.axes import TIERS, Tier
 from attn_core.testing.cases import Case
 from attn_core.testing.devices import Place, at, own_emulators
 from attn_core.testing.fuzz import Share
-from attn_core.testing.report import Report, junit_xml, rows_of
+from attn_core.testing.report import Report, junit_xml
+from attn_core.testing.rows import rows_of
 from attn_core.testing.run import NOT_BEGUN, Result, Target
 from attn_core.testing.underclaims import features_to_probe, probes
 from attn_core.testing.workers import HANGS_AFTER, Crew, Job, LostDeviceError, Results, in_processes, run_job
@@ -36,6 +37,7 @@ def verify(
     select: str = "",
     max_cases: int | None = None,
     max_seconds: float | None = None,
+    max_failures: int | None = None,
     probe: bool | None = None,
     junit: str | Path | None = None,
     evidence_dir: str | Path | None = None,
@@ -46,7 +48,8 @@ def verify(
 
     device: ``cpu``, ``cuda``, ``npu``, ``xpu`` or ``emulated:NAME``. case: an id, to run that one alone. select: only
     cases whose id has this text, and no fuzzing. max_cases: a spread of at most so many positive cases. max_seconds:
-    what has not begun by then is not run, and the report says how much of what that is. probe: whether undeclared
+    what has not begun by then is not run, and the report says how much of what that is; max_failures: the same when so
+    many have failed. probe: whether undeclared
     features are tried all the same (default: on a CPU, where a wrong kernel cannot take the device down). workers:
     processes, which can be replaced if the backend takes one down; 0 runs in this one (never on an accelerator).
     junit, evidence_dir: what to write; evidence is only written of whole tiers, or what time there was for. progress:
@@ -76,6 +79,7 @@ def verify(
             0 if ref.dist == IN_PROCESS else max(workers, int(place.device.type != "cpu")),
             device == "cpu" if probe is None else probe,
             None if max_seconds is None else begun + max_seconds,
+            max_failures,
             progress,
         )
         results, done = run.all(plan, tier, seed)
@@ -93,7 +97,7 @@ def verify(
         )  # fmt: skip
     if junit is not None:
         Path(junit).write_text(junit_xml(report) + "\n", encoding="utf-8")
-    if evidence_dir is not None:
+    if evidence_dir is not None and report.count("passed") + report.count("failed"):
         evidence.write_evidence(evidence_dir, evidence.to_json(report))
     return report
 
@@ -116,7 +120,8 @@ def check_usable(ref: BackendRef, place: Place) -> None:
             f"backend {ref.listed!r} cannot be verified on {place.text}",
             given=ref.listed,
             trace=[f"  {reason}" for reason in reasons],
-            hint=f"--device {others[0]}" if others else "attn doctor shows what is missing",
+            hint=" or ".join(f"--device {name}" for name in others)
+            or "attn doctor shows what is missing; an emulator of yours can stand in for hardware (attn.emulators)",
         )
 
 
@@ -125,11 +130,11 @@ class _Run:
 
     def __init__(
         self, ref: BackendRef, place: Place, workers: int, probe: bool, deadline: float | None,
-        progress: Progress | None,
+        max_failures: int | None, progress: Progress | None,
     ) -> None:  # fmt: skip
         self.ref, self.place, self.workers, self.probe = ref, place, workers, probe
-        self.deadline, self.progress = deadline, progress
-        self._count = 0
+        self.deadline, self.max_failures, self.progress = deadline, max_failures, progress
+        self._count = self._failed = 0
 
     def all(self, plan: Agenda, tier: Tier, seed: int) -> tuple[list[Result], dict[str, Done]]:
         """The results of everything on the agenda, and of what it shows to be worth probing; and how much ran."""
@@ -155,8 +160,12 @@ class _Run:
                     (of_case[job],) = results
                 for result in results:
                     self._count += 1
+                    self._failed += result.status == "failed"
                     if self.progress is not None:
                         self.progress(self._count, total, result)
+                if self.max_failures is not None and self._failed >= self.max_failures:
+                    cut = f"{self._failed} cases had failed"
+                    break
         except LostDeviceError as error:
             cut = str(error)
         every = [of_case.get(case) or Result(case, "not_run", note=f"{NOT_BEGUN}: {cut}") for case in plan.cases]

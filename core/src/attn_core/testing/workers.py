@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -60,7 +61,19 @@ def run_job(
     """A case of either direction, or a share of fuzzing; ``begins`` is told of each case before it runs."""
     if isinstance(job, Share):
         return run_share(job, target, deadline=deadline, begins=begins, is_lost=lost_device)
-    return (check_refusal(job, target, probe=probe) if job.refused else run_case(job, target),)
+    return (_run_case(job, target, probe),)
+
+
+def _run_case(case: Case, target: Target, probe: bool) -> Result:
+    """A case, whatever happens in it, with what was warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        try:
+            result = check_refusal(case, target, probe=probe) if case.refused else run_case(case, target)
+        except Exception as error:
+            result = Result(case, "failed", (Fault("raised", f"{type(error).__name__}: {error}"),))
+    said = dict.fromkeys(f"{warning.category.__name__}: {warning.message}" for warning in caught)
+    return replace(result, warnings=tuple(said)) if said else result
 
 
 def lost_device(result: Result) -> bool:
