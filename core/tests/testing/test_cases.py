@@ -150,6 +150,17 @@ def test_a_narrow_manifest_is_tried_at_its_edges_and_nowhere_else(narrow: Manife
     assert all(is_claimed(narrow, c, CPU) for c in cases)
 
 
+def test_pages_that_are_split_are_tried_where_they_can_be() -> None:
+    clause = {**NARROW["supports"][0], "page_sizes": [16, 64], "kv_layouts": ["NHD", "HND"]}  # type: ignore[index]
+    manifest = Manifest.parse({**NARROW, "supports": [clause]})
+    cases = generate_cases(manifest, "contract", CPU)
+    split = [case for case in cases if case.page_size == 48]
+    assert {case.page_size for case in cases} == {16, 48, 64}
+    assert len(split) > 5
+    assert {case.layout for case in split} == {"NHD"}
+    assert not any(case.options & {"stacked", "joined"} for case in split)
+
+
 def test_whatever_is_not_claimed_is_to_be_refused(narrow: Manifest) -> None:
     refused = refusal_cases(narrow, "contract", CPU)
     assert {c.refused for c in refused} == {

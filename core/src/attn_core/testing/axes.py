@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Final, Literal, get_args
 
 from attn_core.planning.claims import HeadDims, Widths
@@ -25,6 +26,8 @@ _PAGES: Final[dict[Tier, Sequence[int]]] = {
     "stress": (16, 1, 3, 64, 2, 48, 128, 256, 5, 512),
 }
 _LARGEST_PAGE: Final = 1024
+#: Page sizes of which some backend has only a divisor.
+_SPLIT_PAGES: Final = (48, 16, 128, 96, 256)
 #: Head widths (keys, values) to try where a clause allows any.
 _ANY_MHA: Final[dict[Tier, Sequence[tuple[int, int]]]] = {
     "contract": ((64, 64), (24, 24), (40, 16)),
@@ -56,6 +59,12 @@ def page_sizes(clause: Clause, tier: Tier) -> list[int]:
     edges = [edge for rule in rules for edge in (rule.min, rule.multiple_of, rule.max)]
     tried = [*_PAGES[tier], *(n for n in edges if n <= _LARGEST_PAGE)]
     return [n for n in dict.fromkeys(tried) if clause.pages.allows(n)] or [next(iter(clause.pages))]
+
+
+def split_page_sizes(clause: Clause) -> list[int]:
+    """A page size that the clause has not, and is served by splitting its pages; none where it has all of them."""
+    found = (n for n in _SPLIT_PAGES if not clause.pages.allows(n) and clause.pages.largest_divisor(n))
+    return list(islice(found, 1)) if {"NHD", "MLA"} & {*clause.kv_layouts} else []
 
 
 def head_dims(clause: Clause, tier: Tier) -> list[tuple[int, int]]:

@@ -227,7 +227,7 @@ def _dimensions(ground: Ground) -> dict[str, list[Any]]:
     if ground.mode != "ragged":
         table |= {
             "kv_dtype": sorted(clause.kv_dtypes, key=lambda name: name != "auto"),
-            "page_size": axes.page_sizes(clause, tier),
+            "page_size": [*axes.page_sizes(clause, tier), *axes.split_page_sizes(clause)],
             "layout": list(clause.kv_layouts),
             "memory": list(MEMORIES),
             "wrapped": [None, "stacked", "joined"] if clause.kind == "mha" else [None, "joined"],
@@ -279,7 +279,7 @@ def _allowed(row: Row, ground: Ground) -> bool:
         return False
     stacked_mla = ground.clause.kind == "mla" and row.get("wrapped") == "stacked"
     splits = row.get("page_size") is not None and not ground.clause.pages.allows(row["page_size"])
-    return not stacked_mla and not (splits and "wrapped" in on)
+    return not stacked_mla and not (splits and ("wrapped" in on or row.get("layout") == "HND"))
 
 
 _OPTION_OF: Final = {
