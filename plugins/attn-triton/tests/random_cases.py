@@ -5,6 +5,7 @@ GPU.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 
@@ -96,9 +97,9 @@ def make_scene(seed: int, device: str, scale: Scale) -> Scene:
     return Scene(seed, config, batch, cache, layer, q, k, v)
 
 
-def fault(scene: Scene) -> str | None:
+def fault(scene: Scene, make: Callable[[AttentionConfig, KVCache], TritonBackend] = TritonBackend) -> str | None:
     """What is wrong with the backend's answer to ``scene``, None if it is right within the kit's tolerances."""
-    backend = TritonBackend(scene.config, scene.cache)
+    backend = make(scene.config, scene.cache)
     backend.init_forward_metadata(scene.batch)
     out, lse = backend.forward(scene.q, scene.k, scene.v, scene.layer, scene.batch, return_lse=True)
     if not scene.batch.num_tokens:

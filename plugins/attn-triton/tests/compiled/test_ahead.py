@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Final
 
 import pytest
 from attn_core.planning.config import AttentionConfig
 from attn_core.runtime.batch import ForwardMode
-from attn_core.runtime.kv_cache import KVCache
 from attn_triton.ahead import CHIPS, AheadLaunchers, compile_config
 from attn_triton.backend import TritonBackend
 from attn_triton.chip import Chip
@@ -54,11 +54,7 @@ CASES: Final = [(arch, name) for arch in CHIPS for name, step in ALL.items() if 
 @pytest.mark.parametrize(("arch", "name"), CASES, ids=[f"{arch}-{name}" for arch, name in CASES])
 def test_a_step_compiles(arch: str, name: str) -> None:
     launchers = AheadLaunchers(Chip(arch, *CHIPS[arch]))
-
-    def backend(config: AttentionConfig, cache: KVCache) -> TritonBackend:
-        return TritonBackend(config, cache, chip=launchers.chip, launchers=launchers)
-
-    play(ALL[name], "cpu", backend)
+    play(ALL[name], "cpu", partial(TritonBackend, chip=launchers.chip, launchers=launchers))
     assert {found.kernel for found in launchers.compiled} >= {"write_kernel"}
     assert all(found.shared <= launchers.chip.shared_memory for found in launchers.compiled)
 

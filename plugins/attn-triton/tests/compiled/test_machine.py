@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from ptx_machine.arithmetic import operation, to_bf16
 from ptx_machine.machine import Machine
 from ptx_machine.memory import GlobalMemory
@@ -103,7 +106,7 @@ waitLoop:
 
 
 def test_arithmetic_is_that_of_the_hardware() -> None:
-    def apply(opcode: str, *values: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+    def apply(opcode: str, *values: Any) -> NDArray[Any]:
         return np.asarray(operation(tuple(opcode.split(".")))[0](*values))
 
     word = np.array([0x12345678], np.uint32)

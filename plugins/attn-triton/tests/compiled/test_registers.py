@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
-from attn_core.planning.config import AttentionConfig
-from attn_core.runtime.kv_cache import KVCache
 from attn_triton import geometry
 from attn_triton.ahead import CHIPS, AheadLaunchers
 from attn_triton.backend import TritonBackend
@@ -54,11 +53,7 @@ def _fp8(widths: tuple[int, int]) -> ChosenStep:
 
 def _compile(step: ChosenStep) -> None:
     launchers = AheadLaunchers(Chip("sm_90", *CHIPS["sm_90"]))
-
-    def backend(config: AttentionConfig, cache: KVCache) -> TritonBackend:
-        return TritonBackend(config, cache, chip=launchers.chip, launchers=launchers)
-
-    play(step, "cpu", backend)
+    play(step, "cpu", partial(TritonBackend, chip=launchers.chip, launchers=launchers))
 
 
 @pytest.mark.parametrize("step", [*STEPS.values(), *map(_fp8, WIDTHS)], ids=[*STEPS, *map(str, WIDTHS)])

@@ -107,6 +107,8 @@ def _multiply(parts: tuple[str, ...]) -> tuple[Operation, tuple[str, ...], str]:
     if "wide" in parts:
         wide = _WIDE[kind]
         return (lambda a, b: a.astype(wide) * b.astype(wide)), (kind, kind), kind[0] + str(np.dtype(wide).itemsize * 8)
+    if "hi" in parts and kind in ("s64", "u64"):  # wider than numpy's widest: by Python's own numbers
+        return (lambda a, b: ((a.astype(object) * b.astype(object)) >> 64).astype(a.dtype)), (kind, kind), kind
     if "hi" in parts:
         wide, bits = _WIDE[kind], np.dtype(TYPES[kind]).itemsize * 8
         return (lambda a, b: ((a.astype(wide) * b.astype(wide)) >> wide(bits)).astype(a.dtype)), (kind, kind), kind
