@@ -18,7 +18,13 @@ WORK_FIELDS: Final = (
 )  # fmt: skip
 DTYPES: Final = ("float16", "bfloat16")
 #: Widths of keys and values that kernels are built for, and the rows that a workgroup may take: 16 a wave.
-WIDTHS: Final = {(64, 64): (16, 64), (128, 128): (16, 64), (192, 128): (16, 64), (576, 512): (16,)}
+WIDTHS: Final = {
+    (64, 64): (16, 64),
+    (128, 128): (16, 64),
+    (256, 256): (16, 64),
+    (192, 128): (16, 64),
+    (576, 512): (16,),
+}
 #: Widths of layers whose keys are only ever given: they have no trees to verify.
 GIVEN_ONLY: Final = ((192, 128),)
 #: Keys a step of the loop; both tiles of the widest must lie in 64 KiB of LDS.

@@ -103,6 +103,13 @@ def test_lds_that_the_code_object_did_not_ask_for_is_a_fault() -> None:
         exchanged("s_barrier", lds=508)
 
 
+def test_lds_may_be_asked_for_by_the_launch() -> None:
+    out = torch.zeros(128, dtype=torch.int32)
+    code = program(EXCHANGE.format(between="s_barrier"), lds=8)
+    launch(code, (1, 1, 1), (128, 1, 1), [Pointer(out, "out", writable=True)], dynamic_lds=504)
+    assert torch.equal(out, torch.arange(128, dtype=torch.int32) ^ 64)
+
+
 def test_registers_are_garbage_at_first() -> None:
     out = torch.zeros(64, dtype=torch.int32)
     text = WRITE.format(bytes=0).replace("v1, v0, s[4:5]", "v1, v9, s[4:5]")
@@ -147,6 +154,15 @@ def test_what_is_no_code_object_is_refused(blob: bytes, says: str) -> None:
 def test_tensors_of_another_device_are_refused() -> None:
     with pytest.raises(EmulationError, match="lies on meta"):
         launch(program("s_endpgm"), (1, 1, 1), (64, 1, 1), [Pointer(torch.zeros(1, device="meta"), "q")])
+
+
+def test_a_null_address_may_be_passed_and_not_used() -> None:
+    out = torch.zeros(64, dtype=torch.int32)
+    text = WRITE.format(bytes=0).replace("0x0", "0x8")
+    launch(program(text), (1, 1, 1), (64, 1, 1), [None, Pointer(out, "out", writable=True)], wide=False)
+    assert out.tolist() == [*range(64)]
+    with pytest.raises(MemoryFaultError, match="lie in no buffer"):
+        launch(program(WRITE.format(bytes=0)), (1, 1, 1), (64, 1, 1), [None])
 
 
 def test_arguments_are_packed_as_the_chip_finds_them() -> None:

@@ -55,7 +55,7 @@ ACCEPTED = {
 REFUSED = {
     "float32": (LLAMA.replace(dtype="float32"), "dtype_unsupported", "float32"),
     "an fp8 cache": (LLAMA.replace(kv_cache_dtype="fp8_e4m3"), "kv_dtype_unsupported", "fp8_e4m3"),
-    "heads of 256": (LLAMA.replace(layers=(kind_of(8, 4, 256),)), "head_dim_unsupported", "256/256"),
+    "heads of 96": (LLAMA.replace(layers=(kind_of(8, 4, 96),)), "head_dim_unsupported", "96/96"),
     "192/128 in pages": (LLAMA.replace(layers=(kind_of(8, 8, 192, 128),)), "head_dim_unsupported", "192/128"),
     "spans of MLA": (
         LLAMA.replace(layers=(MLA,), bidirectional_spans=True), "feature_unsupported", "bidirectional_spans"),
@@ -224,7 +224,7 @@ def test_graphs_keep_to_what_was_captured(built: WaveBackend) -> None:
 
 
 @pytest.mark.parametrize(
-    "preset", ["llama-3.1-8b", "llama-3.1-70b", "qwen3-32b", "deepseek-v3"],
+    "preset", ["llama-3.1-8b", "llama-3.1-70b", "qwen3-32b", "deepseek-v3", "gemma-2-9b"],
 )  # fmt: skip
 def test_everything_a_model_needs_is_shipped(preset: str) -> None:
     config = AttentionConfig.preset(preset, speculative_num_draft_tokens=8, speculative_eagle_topk=4)
@@ -234,8 +234,8 @@ def test_everything_a_model_needs_is_shipped(preset: str) -> None:
 
 
 def test_a_model_whose_heads_have_no_kernel_is_refused_in_warmup() -> None:
-    with pytest.raises(ConfigError, match="heads of 256/256"):
-        list(needed_variants(LLAMA.replace(layers=(kind_of(8, 4, 256),))))
+    with pytest.raises(ConfigError, match="heads of 96/96"):
+        list(needed_variants(LLAMA.replace(layers=(kind_of(8, 4, 96),))))
 
 
 def test_warmup_takes_what_is_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,5 +253,5 @@ def test_warmup_takes_what_is_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_variants_are_named_apart() -> None:
     keys = [variant.key for variant in all_variants()]
-    assert len(keys) == len(set(keys)) == 40
+    assert len(keys) == len(set(keys)) == 52
     assert Variant(64, 64, "float16", 16, softcap=True, tree=True).key == "64x64-float16-16-softcap-tree"

@@ -37,7 +37,8 @@ class Pointer:
     writable: bool = False
 
 
-Argument = Pointer | int | float
+#: None is the null address
+Argument = Pointer | int | float | None
 Sizes = tuple[int, int, int]
 
 
@@ -48,12 +49,14 @@ def launch(
     arguments: Sequence[Argument],
     *,
     wide: bool = True,
+    dynamic_lds: int = 0,
     backwards: bool = False,
 ) -> int:
     """Runs every workgroup; returns how many instructions the waves took.
 
     Integers are passed as 64 bits (``wide``) or 32, floats as fp32, tensors by address. Two arguments on one storage
-    share its memory, so that views of one pool are one pool. ``backwards``: the last wave and workgroup first, which
+    share its memory, so that views of one pool are one pool. ``dynamic_lds``: bytes beyond those that the code object
+    asks for. ``backwards``: the last wave and workgroup first, which
     must not change a bit. Raises EmulationError, MemoryFaultError.
     """
     memory = Memory()
@@ -67,7 +70,7 @@ def launch(
     with np.errstate(all="ignore"):
         groups = list(product(range(grid[2]), range(grid[1]), range(grid[0])))
         order = reversed(groups) if backwards else groups
-        return sum(_workgroup(code, memory, (x, y, z), block, backwards) for z, y, x in order)
+        return sum(_workgroup(code, memory, (x, y, z), block, dynamic_lds, backwards) for z, y, x in order)
 
 
 def _packed(arguments: Sequence[Argument], memory: Memory, wide: bool) -> bytes:
@@ -80,6 +83,8 @@ def _packed(arguments: Sequence[Argument], memory: Memory, wide: bool) -> bytes:
             packed += struct.pack("<Q", _address(argument, memory, ranges, writable))
         elif isinstance(argument, float):
             packed += struct.pack("<f", argument)
+        elif argument is None:
+            packed += bytes(-len(packed) % 8) + bytes(8)
         else:
             packed += bytes(-len(packed) % 8 if wide else 0)
             packed += struct.pack("<q" if wide else "<i", argument)
@@ -106,10 +111,11 @@ def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
     return found
 
 
-def _workgroup(code: CodeObject, memory: Memory, group: Sizes, block: Sizes, backwards: bool) -> int:
+def _workgroup(code: CodeObject, memory: Memory, group: Sizes, block: Sizes, dynamic_lds: int, backwards: bool) -> int:
     """Its waves take turns, each from barrier to barrier."""
     threads = block[0] * block[1] * block[2]
-    lds = np.full((code.lds_size + 3) // 4, GARBAGE, U32).view(np.uint8)[: code.lds_size]
+    size = code.lds_size + dynamic_lds
+    lds = np.full((size + 3) // 4, GARBAGE, U32).view(np.uint8)[:size]
     waves = [_wave(code, memory, lds, group, block, first) for first in range(0, threads, 64)]
     if backwards:
         waves.reverse()

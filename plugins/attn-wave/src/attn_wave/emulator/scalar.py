@@ -259,6 +259,17 @@ def _reverse(instruction: Instruction) -> Action:
     return lambda w: write(w, int(f"{read(w):032b}"[::-1], 2))
 
 
+def _absolute(instruction: Instruction) -> Action:
+    write, read = set_scalar32(instruction.operands[0]), scalar32(instruction.operands[1])
+
+    def act(w: Wave) -> None:
+        result = abs(signed(read(w)))
+        write(w, result)
+        w.scc = int(result != 0)
+
+    return act
+
+
 def _pack(instruction: Instruction, left_half: str, right_half: str) -> Action:
     write, (left, right) = set_scalar32(instruction.operands[0]), map(scalar32, instruction.operands[1:])
     low, high = (16 * (half == "h") for half in (left_half, right_half))
@@ -293,6 +304,7 @@ _BUILDERS: Final[list[tuple[re.Pattern[str], Callable[..., Action]]]] = [
         (r"s_bfe_([ui])32", _field),
         (r"s_ff1_i32_b32", _first_bit),
         (r"s_brev_b32", _reverse),
+        (r"s_abs_i32", _absolute),
         (r"s_pack_(l|h)(l|h)_b32_b16", _pack),
         (r"s_sext_i32_i(8|16)", _extend),
     )

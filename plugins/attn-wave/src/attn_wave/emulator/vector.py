@@ -19,14 +19,15 @@ from attn_wave.emulator.operands import (
     half_bits,
     integer32,
     scalar64,
+    set_lanes,
     set_lanes64,
     set_mask,
     set_scalar64,
 )
-from attn_wave.emulator.wave import F16, F32, I64, LOW32, U32, U64, Action, Lanes, Wave, lanes_of, spread
+from attn_wave.emulator.wave import F16, F32, F64, I64, LOW32, U32, U64, Action, Lanes, Wave, lanes_of, spread
 
 _COMPARISON: Final = re.compile(r"v_cmp_([a-z]+)_(f32|f16|[ui]16|[ui]32|[ui]64)")
-_CARRY: Final = re.compile(r"v_(add|sub|subrev|addc|subb)_co_u32")
+_CARRY: Final = re.compile(r"v_(add|sub|subrev|addc|subb|subbrev)_co_u32")
 
 
 def vector(instruction: Instruction) -> Action | None:
@@ -121,7 +122,7 @@ def _carry(instruction: Instruction, name: str) -> Action:
     def act(w: Wave) -> None:
         x, y = spread(a(w)).astype(I64), spread(b(w)).astype(I64)
         more = lanes_of(before(w)).astype(I64) if before else 0
-        result = x + y + more if name.startswith("add") else (y - x if name == "subrev" else x - y) - more
+        result = x + y + more if name.startswith("add") else (y - x if name.endswith("rev") else x - y) - more
         write(w, (result & LOW32).astype(U32))
         flag(w, (result > LOW32) | (result < 0))
 
@@ -194,6 +195,29 @@ def _round_toward_zero(instruction: Instruction) -> Action:
     return lambda w: write(w, truncated(a(w)) | truncated(b(w)) << U32(16))
 
 
+def _fused_mixed(instruction: Instruction) -> Action:
+    """A fused multiply-add of fp32 and fp16 operands (those of ``op_sel_hi``), rounded to one half of a register."""
+    into, *sources = instruction.operands
+    wide, upper = instruction.bits("op_sel_hi", 0, 3), instruction.bits("op_sel", 0, 3)
+    reads = [half(op, shift=16 * upper[i]) if wide[i] else float32(op) for i, op in enumerate(sources)]
+    write, shift = set_lanes(into), U32(16 if instruction.base.endswith("mixhi_f16") else 0)
+    kept = U32(LOW32) ^ U32(0xFFFF) << shift
+
+    def act(w: Wave) -> None:
+        a, b, c = (np.asarray(read(w)).astype(F64) for read in reads)
+        result = half_bits(spread((a * b + c).astype(F16)))
+        write(w, w.vector[into.index] & kept | result << shift)
+
+    return act
+
+
+def _multiply_add_signed(instruction: Instruction) -> Action:
+    """Without its carry, which nobody reads: of a signed sum the manual does not say what it is."""
+    into, _, left, right, plus = instruction.operands
+    write, a, b, c = set_lanes64(into), integer32(left), integer32(right), bits64(plus)
+    return lambda w: write(w, (a(w).astype(I64) * b(w).astype(I64)).astype(U64) + c(w))
+
+
 def _multiply_add_wide(instruction: Instruction) -> Action:
     into, flag, left, right, plus = instruction.operands
     write, carry, a, b, c = set_lanes64(into), set_mask(flag), bits32(left), bits32(right), bits64(plus)
@@ -236,6 +260,9 @@ _SPECIAL: Final[dict[str, Callable[[Instruction], Action]]] = {
     "v_cvt_f32_f16": _widen_half,
     "v_cvt_pkrtz_f16_f32": _round_toward_zero,
     "v_mad_u64_u32": _multiply_add_wide,
+    "v_mad_i64_i32": _multiply_add_signed,
+    "v_fma_mixlo_f16": _fused_mixed,
+    "v_fma_mixhi_f16": _fused_mixed,
     "v_lshl_add_u64": _shift_add_wide,
     "v_mov_b64": _move_wide,
 }
