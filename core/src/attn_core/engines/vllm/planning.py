@@ -17,6 +17,7 @@ from attn_core.planning.system import System
 
 #: block sizes that vLLM is told about, in tokens
 _LARGEST_BLOCK: Final = 1024
+_AUTO: Final = "ATTN_BACKEND=auto takes what can; attn explain MODEL shows what that is"
 _BLOCKS: Final = range(1, _LARGEST_BLOCK + 1)
 
 
@@ -98,9 +99,9 @@ def refusals(vllm_config: Any, backend: str, facts: Mapping[str, Any]) -> list[s
         made = make_plan(config, backend, phases_of(vllm_config), system_here(), quiet=True)
         blocks = blocks_of(made)
     except AttnError as error:
-        hint = [f"next: {error.hint}"] if error.hint else []
+        hint = _AUTO if isinstance(error, PlanError) else error.hint
         accepted = [f"accepted: {error.accepted}"] if error.accepted else []
-        return [error.message, *accepted, *(line.strip() for line in error.trace), *hint]
+        return [error.message, *accepted, *(line.strip() for line in error.trace), *([f"next: {hint}"] if hint else [])]
     asked = facts["block_size"]
     if asked is not None and not any(asked % size == 0 for size in blocks.sizes):
         return [f"block_size {asked}, accepted: multiples of {blocks}"]
