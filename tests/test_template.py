@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 from attn_core.cli.new import render
+from attn_core.testing.runner import verify
 
 from .conftest import ROOT, Environment, build_wheels, run
 
@@ -89,16 +91,39 @@ def test_it_generates_the_same_text_as_the_default(installed: Environment) -> No
     assert text("mine") == text("torch_native")
 
 
-def test_an_overclaim_is_caught(project: Path, core_wheel: Path, tmp_path: Path) -> None:
+def test_an_overclaim_is_caught(installed: Environment) -> None:
     """The step of the tutorial where the manifest says more than the code does."""
-    claims = render("boaster", tmp_path / "attn-boaster")
-    manifest = claims / "src/attn_boaster/boaster.toml"
-    manifest.write_text(manifest.read_text().replace('"lse"', '"sliding_window", "lse"'))
-    (wheel,) = build_wheels([claims], tmp_path / "wheel")
-    environment = Environment.make(tmp_path / "venv")
-    environment.install(core_wheel, wheel)
-    with pytest.raises(AssertionError, match="sliding_window"):
-        environment.attn("verify", "boaster", "--tier", "contract", "--select", "window")
+    manifest = Path(json.loads(installed.attn("info", "mine", "--json"))["manifest"])
+    assert manifest.is_relative_to(installed.folder)
+    modest = manifest.read_text()
+    manifest.write_text(modest.replace('"lse"', '"sliding_window", "lse"'))
+    try:
+        with pytest.raises(AssertionError, match="sliding_window") as caught:
+            installed.attn("verify", "mine", "--select", "decode/8x2x64+window")
+    finally:
+        manifest.write_text(modest)
+    assert "false: sliding_window (over-claimed)" in str(caught.value)
+    assert "it is right for no window" in str(caught.value)
+
+
+def test_the_emulator_of_the_tutorial_stands_in(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rendered backend, for a card that nobody has."""
+    tutorial = (ROOT / "docs/backend-in-15-minutes.md").read_text()
+    emulator = tutorial.partition("# src/attn_mine/emulator.py\n")[2].partition("```")[0]
+    entry_point = next(line.strip() for line in tutorial.splitlines() if "attn_mine.emulator:" in line)
+    package, info = tmp_path / "attn_mine", tmp_path / "attn_mine-0.1.0.dist-info"
+    shutil.copytree(project / "src/attn_mine", package)
+    (package / "emulator.py").write_text(emulator)
+    (package / "mine.toml").write_text((package / "mine.toml").read_text().replace('"any"\nkind', '"npu"\nkind'))
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: attn-mine\nVersion: 0.1.0\n")
+    backend = "[attn.backends]\nmine = attn_mine.backend:MineBackend\n"
+    (info / "entry_points.txt").write_text(f"{backend}[attn.emulators]\n{entry_point.replace(chr(34), '')}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    report = verify("mine", select="decode/8x2x64/1@31")
+    assert report.exit_code == 0
+    assert (report.device, report.level) == ("emulated:card9000", "contract-emulated")
+    assert report.facts["versions"]["card-operators"] == "2.1"
 
 
 @pytest.mark.parametrize("name", ["Mine", "my-backend", "1st", "class", "", "mein_ß"])

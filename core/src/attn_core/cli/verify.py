@@ -50,8 +50,8 @@ def command(
 ) -> int:
     """Prove what the backend NAME claims: what is declared is right, what is not declared is refused.
 
-    Prints a table of features; exits with 1 if a claim is false. The tier contract has up to two thousand cases,
-    numerics adds twice as many, stress as many again and 2000 random ones. A processor does some forty in a second.
+    Prints a table of features; exits with 1 if a claim is false. The tier contract takes a minute or a few on a CPU,
+    numerics adds larger shapes, stress the largest and random cases: several times as long. -n shares them.
     """
     from attn_core.runtime.threads import set_threads
     from attn_core.testing.runner import verify

@@ -99,7 +99,7 @@ def run_case(case: Case, target: Target) -> Result:
     try:
         trial = Trial(case, target, planned)
     except BackendRefusedError as error:
-        return ended("not_run", [], f"the installed build refuses: {_first_lines(error)}")
+        return ended("not_run", [], f"the installed build refuses: {_reasons(error)}")
     except Exception as error:
         return ended("failed", [Fault("raised", f"while it was built: {_described(error)}")])
     with trial.witness:
@@ -274,6 +274,11 @@ class Trial:
     def _witness_faults(self) -> list[Fault]:
         others = sorted(set(self.witness.names) - {self.target.ref.name})
         return [Fault("witness", f"{', '.join(others)} instead of {self.target.ref.name}")] if others else []
+
+
+def _reasons(error: AttnError) -> str:
+    """The reasons of a refusal, each once."""
+    return "; ".join(dict.fromkeys(line.strip() for line in error.trace)) or _first_lines(error)
 
 
 def _described(error: BaseException) -> str:
