@@ -4,9 +4,9 @@ WAVE_RUNTIME := .venvs/wave-runtime
 WAVE_ENV     := .venvs/wave
 WAVE_TESTS   := plugins/attn-wave/tests/hip_launches
 WAVE_VERSION := 3.9.1
-PLUGIN_TESTS += test-wave-runtime
+PLUGIN_TESTS += test-wave-runtime test-wave-triton
 
-.PHONY: test-wave-runtime wave-compile
+.PHONY: test-wave-runtime test-wave-triton wave-compile
 
 # An empty environment over .venv: $(1) is its folder, the rest what pip installs there.
 define wave-environment
@@ -35,3 +35,7 @@ $(WAVE_ENV)/.ready: $(VENV)/.plugins
 # Three minutes of one core; needs llvm-objdump of LLVM 17 or newer for the listings.
 wave-compile: $(WAVE_ENV)/.ready
 	$(WAVE_ENV)/bin/python plugins/attn-wave/tools/ship_kernels.py gfx942
+
+# Another compiler's code: attn-triton's kernels as an MI300X would run them, in the emulator. Needs llvm-objdump too.
+test-wave-triton: $(TRITON_ENV)/.ready
+	$(TRITON_ENV)/bin/python -m pytest plugins/attn-wave/tests/triton_kernels

@@ -23,7 +23,7 @@ def shipped_path(arch: str) -> str:
 def listed(blob: bytes, arch: str) -> tuple[Instruction, ...] | None:
     """The instructions of the code object ``blob``, None for one that no listing is of."""
     text = _texts(arch).get(sha256(blob).hexdigest())
-    return None if text is None else tuple(_parsed(text))
+    return None if text is None else tuple(parsed(text))
 
 
 def listing_of(blob: bytes, instructions: Sequence[Instruction]) -> str:
@@ -40,15 +40,18 @@ def packed(listings: Iterable[str]) -> bytes:
 
 @cache
 def _texts(arch: str) -> dict[str, str]:
-    """Listings by the hash of their code object."""
     path = files("attn_wave") / shipped_path(arch)
-    if not path.is_file():
-        return {}
-    texts = lzma.decompress(path.read_bytes()).decode().split("# ")[1:]
+    return unpacked(path.read_bytes()) if path.is_file() else {}
+
+
+def unpacked(file: bytes) -> dict[str, str]:
+    """Listings by the hash of their code object."""
+    texts = lzma.decompress(file).decode().split("# ")[1:]
     return {text[:64]: text[65:] for text in texts}
 
 
-def _parsed(text: str) -> Iterator[Instruction]:
+def parsed(text: str) -> Iterator[Instruction]:
+    """The instructions of one listing, without its hash."""
     first, *lines = text.splitlines()
     address = int(first, 16)
     for line in lines:

@@ -1,0 +1,1 @@
+"""Code of another compiler in the emulator: Triton's."""
