@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from attn_core.planning.discovery import register
 from attn_core.planning.manifest import Manifest
 from attn_core.planning.system import System
 from attn_core.runtime.torch_native.backend import TorchNativeBackend
-from attn_core.testing.agenda import agenda
+from attn_core.testing.agenda import Agenda, agenda
 from attn_core.testing.blame import explain
 from attn_core.testing.cases import Case
+from attn_core.testing.generation import aspects
 from attn_core.testing.proof import Evidence
 from attn_core.testing.refusals import check_refusal, refusal_cases
 from attn_core.testing.rows import ROWS
@@ -257,16 +259,23 @@ class Clock:
         return self.now
 
 
-@pytest.mark.parametrize(("beyond", "tiers", "outcome"), [(-30, [], "not_run"), (5, ["contract"], "proved")])
+@pytest.mark.parametrize(
+    ("cases", "tiers", "outcome"),
+    [
+        (lambda plan: 2, [], "not_run"),
+        (lambda plan: most_telling(plan) + 3, [], "proved"),
+        (lambda plan: plan.size + 5, ["contract"], "proved"),
+    ],
+    ids=["nearly nothing", "what shows all there is to show", "the first tier"],
+)
 def test_a_run_that_its_time_cut_off_says_what_it_proved(
-    beyond: int, tiers: list[str], outcome: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cases: Callable[[Agenda], int], tiers: list[str], outcome: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It had time for so many cases beyond the first tier."""
     monkeypatch.setattr("attn_core.testing.runner.time", Clock())
     wide = {"page_sizes": {"multiple_of": 16, "max": 128}}
     with register(TorchNativeBackend, manifest_of("small", **wide)) as ref:
         first = agenda(ref.manifest, "contract", System("cpu"))
-        report = verify("small", "numerics", max_seconds=first.size + beyond, evidence_dir=tmp_path)
+        report = verify("small", "numerics", max_seconds=cases(first) + 1, evidence_dir=tmp_path)
     assert report.exit_code == 0
     (path,) = tmp_path.glob("*/small.json")
     data = json.loads(path.read_text())
@@ -279,6 +288,17 @@ def test_a_run_that_its_time_cut_off_says_what_it_proved(
     assert {data["features"][name]["outcome"] for name in ("decode", "mha")} == {outcome}
     assert "not begun" in data["features"]["decode"]["note"]
     assert "not all of it ran" in report.table()
+
+
+def most_telling(plan: Agenda) -> int:
+    """How many cases show all that a run would show."""
+    seen: set[str] = set()
+    for count, case in enumerate(plan.jobs()):
+        assert isinstance(case, Case)
+        if aspects(case) <= seen:
+            return count
+        seen |= aspects(case)
+    raise AssertionError("every case shows something of its own")
 
 
 def test_a_run_in_which_nothing_had_time_leaves_no_evidence(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from attn_core.planning.system import System
 from attn_core.testing.axes import TIERS, Tier
 from attn_core.testing.cases import Case
 from attn_core.testing.fuzz import EXAMPLES, Share, shares
-from attn_core.testing.generation import generate_cases, spread
+from attn_core.testing.generation import generate_cases, most_telling_first, spread
 from attn_core.testing.refusals import refusal_cases
 from attn_core.testing.workers import Job
 
@@ -42,17 +42,26 @@ class Agenda:
         return list(self.parts)
 
     @property
+    def required(self) -> frozenset[Case]:
+        """The cases without which nothing is proved: those of the first tier."""
+        return frozenset(case for case, part in self.parts.items() if part == TIERS[0])
+
+    @property
     def size(self) -> int:
         """How many cases there are, those of the fuzzing among them."""
         return len(self.parts) + sum(share.examples for share in self.shares)
 
     def jobs(self) -> Iterator[Job]:
-        """Tier by tier, the refusals after the first one; the fuzzing spread over what the last tier has of its own."""
-        last = [case for case, part in self.parts.items() if part == TIERS[-1]]
-        order = [TIERS[0], REFUSALS, PROBES, *TIERS[1:-1]]
-        early = [case for case, part in self.parts.items() if part != TIERS[-1]]
-        yield from sorted(early, key=lambda case: order.index(self.parts[case]))
-        yield from _merged(last, self.shares)
+        """Tier by tier, the refusals after the first one; the fuzzing spread over what the last tier has of its own.
+
+        In each tier what shows most comes first: a run may end before its cases do.
+        """
+        by_part: dict[str, list[Case]] = {}
+        for case, part in self.parts.items():
+            by_part.setdefault(part, []).append(case)
+        for part in (TIERS[0], REFUSALS, PROBES, *TIERS[1:-1]):
+            yield from most_telling_first(by_part.get(part, []))
+        yield from _merged(most_telling_first(by_part.get(TIERS[-1], [])), self.shares)
 
     def done(self, ran: Collection[Case], fuzzed: int) -> dict[str, Done]:
         """How much of each part was done: the cases that ran, and as many as were fuzzed."""

@@ -127,19 +127,34 @@ def spread(cases: Sequence[Case], count: int | None) -> list[Case]:
     """At most ``count`` cases that still show every claim that any of them shows, as far as the count allows."""
     if count is None or len(cases) <= count:
         return list(cases)
+    showing, rest = _by_gain(cases, count)
+    missing = count - len(showing)
+    return showing + [rest[i * len(rest) // missing] for i in range(missing)]
+
+
+def most_telling_first(cases: Sequence[Case]) -> list[Case]:
+    """The cases, those in front that show all there is to show: what comes early enough in a run that is cut off."""
+    showing, rest = _by_gain(cases, len(cases))
+    return showing + rest
+
+
+def _by_gain(cases: Sequence[Case], most: int) -> tuple[list[Case], list[Case]]:
+    """Cases that each show something more than those before it, ``most`` at most, and the others in their order."""
     chosen: list[Case] = []
     seen: set[str] = set()
-    rest = [(case, _aspects(case)) for case in cases]
-    while rest and len(chosen) < count:
-        gains = [len(aspects - seen) for _, aspects in rest]
-        best = gains.index(max(gains)) if max(gains) else len(rest) * len(chosen) // count
-        case, aspects = rest.pop(min(best, len(rest) - 1))
+    rest = [(case, aspects(case)) for case in cases]
+    while rest and len(chosen) < most:
+        gains = [len(shown - seen) for _, shown in rest]
+        if not max(gains):
+            break
+        case, shown = rest.pop(gains.index(max(gains)))
         chosen.append(case)
-        seen |= aspects
-    return chosen
+        seen |= shown
+    return chosen, [case for case, _ in rest]
 
 
-def _aspects(case: Case) -> frozenset[str]:
+def aspects(case: Case) -> frozenset[str]:
+    """What a case shows: its claims, each in its mode."""
     return frozenset(f"{claim} in {case.mode}" for claim in case.claims())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
@@ -10,6 +10,8 @@ from attn_core.planning.config import FEATURES, PHASES
 from attn_core.planning.manifest import Clause, Manifest
 from attn_core.planning.system import System
 from attn_core.testing.blame import Blame, claims_of, explain, root_check
+from attn_core.testing.cases import Case
+from attn_core.testing.generation import aspects
 from attn_core.testing.run import NOT_BEGUN, Result
 
 Outcome = Literal["proved", "refused", "over_claimed", "under_claimed", "raised", "not_run"]
@@ -47,12 +49,17 @@ class Row:
 
 
 def rows_of(
-    manifest: Manifest, system: System, results: Sequence[Result], *, eager_graphs: bool, whole: bool = True
+    manifest: Manifest,
+    system: System,
+    results: Sequence[Result],
+    *,
+    eager_graphs: bool,
+    required: Collection[Case] = (),
 ) -> tuple[tuple[Row, ...], tuple[Blame, ...]]:
     """The rows of the table and why cases failed.
 
-    eager_graphs: nothing was captured, calls were repeated. whole: the first tier ran to its end; if it did not, what
-    had no time proves nothing.
+    eager_graphs: nothing was captured, calls were repeated. required: the cases of which a run that was cut off must
+    have begun so many that they show, for each mode, all that they all would; else a row is not proved.
     """
     blames = tuple(explain(results))
     here = [
@@ -61,7 +68,7 @@ def rows_of(
     declared = {name for clause in here for name in _declared(clause)}
     blamed = {blame.feature: blame for blame in reversed(blames)}
     rows = [
-        _cut(_declared_row(name, results, blamed, blames), results, whole)
+        _cut(_declared_row(name, results, blamed, blames), results, required)
         if name in declared
         else _undeclared_row(name, results)
         for name in ROWS
@@ -69,13 +76,16 @@ def rows_of(
     return tuple(_eager_graphs(row, system) if eager_graphs else row for row in rows), blames
 
 
-def _cut(row: Row, results: Sequence[Result], whole: bool) -> Row:
+def _cut(row: Row, results: Sequence[Result], required: Collection[Case]) -> Row:
     """What a row may say if some of its cases were not begun."""
-    count = sum(r.note.startswith(NOT_BEGUN) and row.name in row_names(r) for r in results if not r.case.refused)
-    if not count or row.outcome != "proved":
+    mine = [r for r in results if not r.case.refused and row.name in row_names(r)]
+    cut = [r for r in mine if r.note.startswith(NOT_BEGUN)]
+    if not cut or row.outcome != "proved":
         return row
-    note = "; ".join(filter(None, [row.note, f"{count} not begun"]))
-    return replace(row, outcome="proved" if whole else "not_run", note=note)
+    shown = {aspect for r in results if r.status == "passed" for aspect in aspects(r.case)}
+    unseen = {aspect for r in cut if r.case in required for aspect in aspects(r.case)} - shown
+    notes = [row.note, f"{len(cut)} not begun", f"nothing shows {min(unseen)}" if unseen else ""]
+    return replace(row, outcome="not_run" if unseen else "proved", note="; ".join(filter(None, notes)))
 
 
 def _eager_graphs(row: Row, system: System) -> Row:
