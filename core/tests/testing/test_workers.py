@@ -110,7 +110,7 @@ def test_the_random_case_that_kills_its_process_is_named() -> None:
 def test_a_device_that_is_broken_for_good_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "MAX_LOST", 0)
     monkeypatch.setattr("attn_core.testing.generation.SOFTCAP", 3.0)
-    report = verify("rough", workers=1, select="+softcap=3.0/1@31/dtype")
+    report = verify("rough", workers=1, select="/8x2x64+softcap=3.0/1@")
     assert report.exit_code == 1
     (lost,) = report.failures
     assert "illegal memory access" in lost.faults[0].message
