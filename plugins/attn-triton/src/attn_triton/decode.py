@@ -83,6 +83,7 @@ class DecodeKernels:
             "CROSS": kind.cross, "TREE": tree is not None, "Q_TREE": 1 if tree is None else tree.shape[-1],
             "WINDOW": kind.window is not None,
             "HAS_CAP": kind.has_cap, "HAS_SINKS": kind.sinks is not None, "HAS_LSE": lse is not None, "PDL": pdl,
+            "WIDEN": self._chip.sm >= 89 and geometry.fp8_limit > 0 and geometry.dtype.itemsize == 2,
         }  # fmt: skip
         options = {"num_warps": cut.tile.warps, "num_stages": cut.tile.stages, **({"launch_pdl": True} if pdl else {})}
         dtypes = (out.dtype, kind.sinks, geometry.dtype, geometry.kv_dtype)

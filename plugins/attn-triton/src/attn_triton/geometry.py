@@ -167,6 +167,7 @@ class Geometry:
             "V0": v0,
             "V1": v1,
             "V_IN_K": self.values_in_keys,
+            "HALF": self.kv_dtype in FP8_DTYPES and self.dtype == torch.bfloat16,
         }
 
 

@@ -16,8 +16,11 @@ from attn_core.planning.claims import ArchSpec
 from attn_triton.chip import Chip
 from attn_triton.geometry import Geometry, power_of_two_from
 
-Load = Literal["few", "many", "mixed"]
-LOADS: Final[tuple[Load, ...]] = ("few", "many", "mixed")
+#: How full a step makes the chip: "few" pairs of a request and a KV head, fewer than multiprocessors; "long": as few,
+#: but each multiprocessor has LONG_KEYS keys or more to read; "many"; "mixed": many, of lengths that differ.
+Load = Literal["few", "long", "many", "mixed"]
+LOADS: Final[tuple[Load, ...]] = ("few", "long", "many", "mixed")
+LONG_KEYS: Final = 8192
 
 
 #: What a tuning run tries in place of the table: "decode" and "extend" entries, and "cut" ("fixed" or "stream"). Empty
@@ -57,7 +60,7 @@ def decode_tile(chip: Chip, geometry: Geometry, rows: int, load: Load, *, tree: 
     found = _find("decode", chip, geometry, rows, load)
     block_m = min(64, power_of_two_from(max(16, rows)))
     if found is None:
-        return _default_decode(chip, geometry, block_m)
+        return _default_decode(chip, geometry, block_m, tree=tree)
     tile = DecodeTile(block_m, found["block_n"], found["warps"], found["stages"], found["per_sm"])
     while tile.stages > 1 and shared_bytes(geometry, tile, tree=tree) > chip.shared_memory:
         tile = replace(tile, stages=tile.stages - 1)
@@ -84,13 +87,13 @@ def shared_bytes(geometry: Geometry, tile: DecodeTile | ExtendTile, *, tree: boo
     return queries + tile.stages * tile.block_n * width * geometry.kv_dtype.itemsize + widened + bits
 
 
-def _default_decode(chip: Chip, geometry: Geometry, block_m: int) -> DecodeTile:
+def _default_decode(chip: Chip, geometry: Geometry, block_m: int, *, tree: bool) -> DecodeTile:
     """The largest block that leaves room for what the pipeline holds; wide accumulators get more warps."""
-    row_bytes = sum(geometry.k_parts) * geometry.dtype.itemsize
     wide = block_m * sum(geometry.v_parts) > 64 * 128
     for block_n, stages in ((64, 3), (64, 2), (32, 3), (32, 2), (16, 2), (16, 1)):
-        if stages * block_n * geometry.key_bytes + block_m * row_bytes <= 0.8 * chip.shared_memory:
-            return DecodeTile(block_m, block_n, 8 if wide else 4, stages, 1)
+        tile = DecodeTile(block_m, block_n, 8 if wide else 4, stages, 1)
+        if shared_bytes(geometry, tile, tree=tree) <= 0.8 * chip.shared_memory:
+            return tile
     return DecodeTile(16, 16, 8 if wide else 4, 1, 1)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from attn_triton.geometry import Geometry
-from attn_triton.parameters import FORCED, DecodeTile, Load
+from attn_triton.parameters import FORCED, LONG_KEYS, DecodeTile, Load
 
 #: What a turn of programs costs beside its keys, as a share of one whole request's time: starting, and its part of the
 #: merge.
@@ -58,7 +58,11 @@ def cut_keys(
     even = batch == 1 or (lengths is not None and max(lengths, default=0) * batch * 4 <= sum(lengths) * 5)
     if "cut" in FORCED:
         even = FORCED["cut"] == "fixed"
-    load: Load = "few" if batch * heads <= multiprocessors else "many" if even or lengths is None else "mixed"
+    load: Load
+    if batch * heads <= multiprocessors:
+        load = "long" if batch * heads * most_keys >= LONG_KEYS * multiprocessors else "few"
+    else:
+        load = "many" if even or lengths is None else "mixed"
     tile = tile_of(load)
     slots = multiprocessors * tile.per_sm
     splits = best_splits(batch * heads, slots, -(-most_keys // tile.block_n) // tile.least_blocks)

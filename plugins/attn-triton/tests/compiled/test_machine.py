@@ -74,6 +74,23 @@ def test_a_fault_is_found(body: str, said: str, monkeypatch: pytest.MonkeyPatch)
         run(body)
 
 
+EXCHANGE = "st.shared.b32 [%r4], %r1; {} xor.b32 %r5, %r2, 128; add.s32 %r6, %r3, %r5; ld.shared.b32 %r7, [%r6];"
+
+
+def test_what_another_warp_wrote_is_read_after_a_barrier_only() -> None:
+    run(EXCHANGE.format("bar.sync 0;"), late=True)
+    run(EXCHANGE.format("").replace("128", "4"), late=True)  # a warp reads its own
+    with pytest.raises(MachineError, match=r"reads what warp 1 .* wrote, byte 128"):
+        run(EXCHANGE.format(""), late=True)
+
+
+def test_what_another_warp_reads_is_written_after_a_barrier_only() -> None:
+    again = EXCHANGE.format("bar.sync 0;") + "{} st.shared.b32 [%r4], %r2;"
+    run(again.replace("{}", "bar.sync 0;"), late=True)
+    with pytest.raises(MachineError, match=r"writes what warp 1 .* reads"):
+        run(again.replace("{}", ""), late=True)
+
+
 COPY = "cp.async.ca.shared.global [%r4], [%rd3], 0x4; cp.async.commit_group;"
 USE = "ld.shared.b32 %r5, [%r4]; add.s32 %r5, %r5, 1; st.global.b32 [%rd3], %r5;"
 

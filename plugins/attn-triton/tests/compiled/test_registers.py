@@ -48,7 +48,8 @@ def cubins(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
 
 def _fp8(widths: tuple[int, int]) -> ChosenStep:
-    return ChosenStep("extend", (65,), (30,), widths=widths, kv_dtype="fp8_e5m2", kind={"sliding_window": 50})
+    kind = {"sliding_window": 50, "softcap": 20.0}
+    return ChosenStep("extend", (65,), (30,), widths=widths, dtype="float16", kv_dtype="fp8_e5m2", page=64, kind=kind)
 
 
 def _compile(step: ChosenStep) -> None:

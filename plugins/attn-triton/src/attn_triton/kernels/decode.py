@@ -10,7 +10,19 @@ A piece that holds all of a request writes the output; others write partial resu
 import triton
 import triton.language as tl
 
-from attn_triton.kernels.tiles import dot, finish, load_rows, log_sum, scores, soft_capped, softmax_step, visible_keys
+from attn_triton.kernels.tiles import (
+    dot,
+    finish,
+    halved,
+    load_rows,
+    log_sum,
+    scores,
+    soft_capped,
+    softmax_step,
+    visible_keys,
+    widened,
+    with_sink,
+)
 
 
 @triton.jit
@@ -65,8 +77,7 @@ def attend_blocks(
     token,
     tree_row,
     depth_row,
-    top,
-    total,
+    row_scale,
     scale,
     cap,
     BM: tl.constexpr,
@@ -89,12 +100,16 @@ def attend_blocks(
     Q_TREE: tl.constexpr,
     WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    HALF: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):
     """Online softmax over blocks ``first_block``..``end_block``: accumulators [BM, V0] and [BM, V1], top and total
     [BM].
 
     Keys that nobody sees are clamped to one that is seen: what is loaded is data, so that 0 * NaN cannot happen.
     """
+    top = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
     acc0 = tl.zeros([BM, V0], tl.float32)
     acc1 = tl.zeros([BM, V1 if V1 > 0 else 16], tl.float32)
     offset = tl.arange(0, BN)
@@ -116,7 +131,13 @@ def attend_blocks(
             if V1 > 0:
                 v1 = load_rows(V, v_rows, row_live, V0, V1, DV, False)
         page = page_of(page_row, i + 1, lowest, length, end_block, PAGE, BN)
+        if WIDEN:
+            k0 = widened(k0)
+            if D1 > 0:
+                k1 = widened(k1)
         s = scores(q0, q1, k0, k1, BM, BN, D1)
+        if HALF:
+            s = s * row_scale[:, None]
         if HAS_CAP:
             s = soft_capped(s, scale, cap)
         if SINGLE:
@@ -129,6 +150,13 @@ def attend_blocks(
             s = tl.where(seen, s, float("-inf"))
         p, factor, top, total = softmax_step(s, top, total, scale, HAS_CAP, not SINGLE)
         p = p.to(q0.dtype)
+        if V_IN_K:
+            v0 = k0
+            v1 = k1
+        elif WIDEN:
+            v0 = widened(v0)
+            if V1 > 0:
+                v1 = widened(v1)
         acc0 = dot(p, v0, acc0 * factor[:, None])
         if V1 > 0:
             acc1 = dot(p, v1, acc1 * factor[:, None])
@@ -196,6 +224,8 @@ def decode_kernel(
     HAS_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_LSE: tl.constexpr,
+    HALF: tl.constexpr,
+    WIDEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid (groups * TILES * HKV). Rows are (token, query head of the group), BM of them a tile."""
@@ -241,6 +271,9 @@ def decode_kernel(
         q1 = q0
         if D1 > 0:
             q1 = load_rows(Q, q_at, live, D0, D1, D, True)
+        row_scale = live
+        if HALF:
+            q0, q1, row_scale = halved(q0, q1, D1)
         prefix = length - query_len
         tree_row = TREE_MASK
         depth_row = DEPTHS
@@ -255,20 +288,19 @@ def decode_kernel(
         first_seen = tl.zeros([BM], tl.int32)
         if WINDOW:
             first_seen = position - window + 1
-        top = tl.full([BM], float("-inf"), tl.float32)
-        total = tl.zeros([BM], tl.float32)
-        if HAS_SINKS:  # the piece that begins a request holds its sink, as a key that was seen already
-            if pos == line0:
-                logits = tl.load(SINK_LOGITS + head, mask=live, other=0.0).to(tl.float32)
-                top = logits * 1.4426950408889634
-                total = tl.full([BM], 1.0, tl.float32)
         acc0, acc1, top, total = attend_blocks(
             q0, q1, K + h * K_HEAD, V + h * V_HEAD, PAGES + b.to(tl.int64) * page_stride,
             first_block + pos - line0, tl.minimum(first_block + stop - line0, end_block), length, lowest,
-            first_seen, last_seen, prefix, live, token, tree_row, depth_row, top, total, scale, cap,
+            first_seen, last_seen, prefix, live, token, tree_row, depth_row, row_scale, scale, cap,
             BM, BN, STAGES, D, D0, D1, DV, V0, V1, V_IN_K, PAGE, K_PAGE, K_TOKEN, V_PAGE, V_TOKEN,
-            SINGLE, TREE, Q_TREE, WINDOW, HAS_CAP,
+            SINGLE, TREE, Q_TREE, WINDOW, HAS_CAP, HALF, WIDEN,
         )  # fmt: skip
+        if HAS_SINKS:  # the piece that begins a request holds its sink
+            logits = tl.load(SINK_LOGITS + head, mask=live, other=0.0).to(tl.float32)
+            sink = tl.where(pos == line0, logits * 1.4426950408889634, float("-inf"))
+            factor, top, total = with_sink(top, total, sink)
+            acc0 = acc0 * factor[:, None]
+            acc1 = acc1 * factor[:, None]
         out0 = finish(acc0, total) * v_scale
         base2 = log_sum(top, total)
         c0 = tl.arange(0, V0)

@@ -9,7 +9,18 @@ by a tree or by the end.
 import triton
 import triton.language as tl
 
-from attn_triton.kernels.tiles import dot, finish, load_rows, log_sum, scores, soft_capped, softmax_step, visible_keys
+from attn_triton.kernels.tiles import (
+    dot,
+    finish,
+    halved,
+    load_rows,
+    log_sum,
+    scores,
+    soft_capped,
+    softmax_step,
+    visible_keys,
+    with_sink,
+)
 
 
 @triton.jit
@@ -60,6 +71,7 @@ def run_tiles(
     token,
     tree_row,
     depth_row,
+    row_scale,
     scale,
     cap,
     MASKED: tl.constexpr,
@@ -83,6 +95,7 @@ def run_tiles(
     Q_TREE: tl.constexpr,
     WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    HALF: tl.constexpr,
 ):
     """Tiles ``begin``..``end`` (begin a multiple of BN). MASKED: what a row sees is asked for every key, and keys
     outside ``lowest``..``highest`` are read as the nearest one inside, so that what is loaded is data and 0 * NaN
@@ -115,6 +128,8 @@ def run_tiles(
         if D1 > 0:
             k1 = load_rows(K, k_rows, live, D0, D1, D, False)
         s = scores(q0, q1, k0, k1, BM, BN, D1)
+        if HALF:
+            s = s * row_scale[:, None]
         if HAS_CAP:
             s = soft_capped(s, scale, cap)
         if MASKED:
@@ -214,6 +229,7 @@ def extend_kernel(
     HAS_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_LSE: tl.constexpr,
+    HALF: tl.constexpr,
 ):
     """Grid (row blocks of all requests * HKV), MAPPED through TILE_MAP [blocks, 2] (request, block) or ``blocks`` for
     each of ``batch``.
@@ -254,6 +270,9 @@ def extend_kernel(
         q1 = q0
         if D1 > 0:
             q1 = load_rows(Q, q_at, live, D0, D1, D, True)
+        row_scale = live
+        if HALF:
+            q0, q1, row_scale = halved(q0, q1, D1)
         page_row = PAGES + b.to(tl.int64) * page_stride
         K += h * K_HEAD
         V += h * V_HEAD
@@ -301,28 +320,30 @@ def extend_kernel(
 
         top = tl.full([BM], float("-inf"), tl.float32)
         total = tl.zeros([BM], tl.float32)
-        if HAS_SINKS:
-            logits = tl.load(SINK_LOGITS + head, mask=live, other=0.0).to(tl.float32)
-            top = logits * 1.4426950408889634
-            total = tl.full([BM], 1.0, tl.float32)
         acc0 = tl.zeros([BM, V0], tl.float32)
         acc1 = tl.zeros([BM, V1 if V1 > 0 else 16], tl.float32)
         if WINDOW:
             acc0, acc1, top, total = run_tiles(
                 acc0, acc1, top, total, q0, q1, K, V, page_row, begin, full0, lowest, highest, first_seen, last_seen,
-                prefix, live, token, tree_row, depth_row, scale, cap, True, BM, BN, STAGES, D, D0, D1, DV, V0,
-                V1, V_IN_K, PAGED, PAGE, K_PAGE, K_TOKEN, V_PAGE, V_TOKEN, TREE, Q_TREE, WINDOW, HAS_CAP,
+                prefix, live, token, tree_row, depth_row, row_scale, scale, cap, True, BM, BN, STAGES, D, D0, D1, DV,
+                V0, V1, V_IN_K, PAGED, PAGE, K_PAGE, K_TOKEN, V_PAGE, V_TOKEN, TREE, Q_TREE, WINDOW, HAS_CAP, HALF,
             )  # fmt: skip
         acc0, acc1, top, total = run_tiles(
             acc0, acc1, top, total, q0, q1, K, V, page_row, full0, full1, lowest, highest, first_seen, last_seen,
-            prefix, live, token, tree_row, depth_row, scale, cap, False, BM, BN, STAGES, D, D0, D1, DV, V0,
-            V1, V_IN_K, PAGED, PAGE, K_PAGE, K_TOKEN, V_PAGE, V_TOKEN, TREE, Q_TREE, WINDOW, HAS_CAP,
+            prefix, live, token, tree_row, depth_row, row_scale, scale, cap, False, BM, BN, STAGES, D, D0, D1, DV, V0,
+            V1, V_IN_K, PAGED, PAGE, K_PAGE, K_TOKEN, V_PAGE, V_TOKEN, TREE, Q_TREE, WINDOW, HAS_CAP, HALF,
         )  # fmt: skip
         acc0, acc1, top, total = run_tiles(
             acc0, acc1, top, total, q0, q1, K, V, page_row, full1, end, lowest, highest, first_seen, last_seen,
-            prefix, live, token, tree_row, depth_row, scale, cap, True, BM, BN, STAGES, D, D0, D1, DV, V0,
-            V1, V_IN_K, PAGED, PAGE, K_PAGE, K_TOKEN, V_PAGE, V_TOKEN, TREE, Q_TREE, WINDOW, HAS_CAP,
+            prefix, live, token, tree_row, depth_row, row_scale, scale, cap, True, BM, BN, STAGES, D, D0, D1, DV, V0,
+            V1, V_IN_K, PAGED, PAGE, K_PAGE, K_TOKEN, V_PAGE, V_TOKEN, TREE, Q_TREE, WINDOW, HAS_CAP, HALF,
         )  # fmt: skip
+
+        if HAS_SINKS:
+            logits = tl.load(SINK_LOGITS + head, mask=live, other=0.0).to(tl.float32)
+            factor, top, total = with_sink(top, total, logits * 1.4426950408889634)
+            acc0 = acc0 * factor[:, None]
+            acc1 = acc1 * factor[:, None]
 
         # Read again, volatile, so that the row offsets are computed again and hold no registers across the loops.
         q_start = tl.load(STARTS + b, volatile=True)

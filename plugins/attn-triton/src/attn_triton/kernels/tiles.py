@@ -26,6 +26,35 @@ def load_rows(base, rows, mask, OFFSET: tl.constexpr, WIDTH: tl.constexpr, DIM: 
 
 
 @triton.jit
+def widened(x):
+    """An fp8 tile as float16, in NVIDIA's own instructions.
+
+    Written as a conversion, the compiler moves it behind the change to the tensor cores' layout, and then reads a tile
+    whose keys are to be summed over byte by byte: twice the instructions of the whole loop. It does not move what it
+    does not know.
+    """
+    if x.dtype == tl.float8e4nv:
+        wide = tl.inline_asm_elementwise(
+            "{ .reg .b16 lo, hi; mov.b32 {lo, hi}, $2; cvt.rn.f16x2.e4m3x2 $0, lo; cvt.rn.f16x2.e4m3x2 $1, hi; }",
+            "=r,=r,r",
+            [x],
+            dtype=tl.float16,
+            is_pure=False,
+            pack=4,
+        )
+    else:
+        wide = tl.inline_asm_elementwise(
+            "{ .reg .b16 lo, hi; mov.b32 {lo, hi}, $2; cvt.rn.f16x2.e5m2x2 $0, lo; cvt.rn.f16x2.e5m2x2 $1, hi; }",
+            "=r,=r,r",
+            [x],
+            dtype=tl.float16,
+            is_pure=False,
+            pack=4,
+        )
+    return wide
+
+
+@triton.jit
 def dot(a, b, acc):
     """a [M, K] times b [K, N] onto acc [M, N] fp32; b takes the dtype of a (an fp8 tile becomes the queries' dtype,
     exactly).
@@ -40,6 +69,38 @@ def scores(q0, q1, k0, k1, M: tl.constexpr, N: tl.constexpr, D1: tl.constexpr):
     if D1 > 0:
         s = dot(q1, tl.trans(k1), s)
     return s
+
+
+@triton.jit
+def halved(q0, q1, D1: tl.constexpr):
+    """Queries as float16, scaled by a power of two for each row, and what undoes it [M].
+
+    An fp8 number becomes float16 in one instruction for two, and bfloat16 in many. The largest of a row goes to
+    2^13..2^14: products with fp8 numbers stay inside float32, and only what is 2^-28 of it or less loses bits.
+    """
+    peak = tl.max(tl.abs(q0.to(tl.float32)), 1)
+    if D1 > 0:
+        peak = tl.maximum(peak, tl.max(tl.abs(q1.to(tl.float32)), 1))
+    exponent = tl.maximum((peak.to(tl.int32, bitcast=True) >> 23) & 255, 14)
+    up = ((267 - exponent) << 23).to(tl.float32, bitcast=True)
+    down = ((exponent - 13) << 23).to(tl.float32, bitcast=True)
+    half0 = (q0.to(tl.float32) * up[:, None]).to(tl.float16)
+    half1 = half0
+    if D1 > 0:
+        half1 = (q1.to(tl.float32) * up[:, None]).to(tl.float16)
+    return half0, half1, down
+
+
+@triton.jit
+def with_sink(top, total, sink):
+    """A sink's logit (in base 2) into the running softmax, after the keys: the factor on the accumulators, top, total.
+
+    After and not before: probabilities are 16 bit, and beside a large sink they would all be next to nothing.
+    """
+    new_top = tl.maximum(top, sink)
+    finite = tl.where(new_top == float("-inf"), 0.0, new_top)
+    factor = tl.exp2(top - finite)
+    return factor, new_top, total * factor + tl.exp2(sink - finite)
 
 
 @triton.jit

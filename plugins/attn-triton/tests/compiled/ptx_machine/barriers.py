@@ -29,6 +29,8 @@ class Barrier:
     pending: int
     bytes: int = 0
     phase: int = 0
+    #: what those that arrived had seen, where races are looked for
+    seen: Any = 0
 
     def settle(self) -> None:
         if self.pending == 0 and self.bytes == 0:
@@ -90,6 +92,11 @@ def single(block: Block, operand: Operand, active: Mask) -> int:
     return int(found[0])
 
 
+def warps_of(active: Mask) -> NDArray[np.intp]:
+    """The warps that have active threads."""
+    return np.unique(np.flatnonzero(active) // 32)
+
+
 def try_wait(block: Block, instruction: Instruction, active: Mask) -> bool:
     """Whether the phase that threads wait for has ended; then they are told."""
     done, at, parity = instruction.operands
@@ -99,6 +106,8 @@ def try_wait(block: Block, instruction: Instruction, active: Mask) -> bool:
     if barrier.phase & 1 == int(wanted[0]):
         return False
     block.write(done, np.asarray(True), active)
+    if block.shared.races is not None:
+        block.shared.races.acquire(warps_of(active), barrier.seen)
     return True
 
 
@@ -118,6 +127,8 @@ def step_of(parts: tuple[str, ...], operands: tuple[Operand, ...]) -> Step:
         barrier = block.barriers.at(single(block, at, active))
         barrier.pending -= int(active.sum()) * (1 if "expect_tx" in parts else number)
         assert barrier.pending >= 0, "more arrivals than the barrier counts"
+        if block.shared.races is not None:
+            barrier.seen = np.maximum(barrier.seen, block.shared.races.release(warps_of(active)))
         barrier.bytes += number if "expect_tx" in parts else 0
         barrier.settle()
 
@@ -137,13 +148,15 @@ def box_copy(parts: tuple[str, ...], operands: tuple[Operand, ...]) -> Step:
         assert inner is not None
         assert outer is not None
         columns, rows = (np.broadcast_to(block.read(o, "s32"), active.shape)[active] for o in (inner, outer))
+        races = block.shared.races
+        seen = None if races is None else races.clocks[warps_of(active)].max(0)
         for place, row, column in zip(block.addresses(to, active), rows, columns, strict=True):
-            block.barriers.send(_landing(block, barrier, boxes.read(int(row), int(column)), int(place)))
+            block.barriers.send(_landing(block, barrier, boxes.read(int(row), int(column)), int(place), seen))
 
     return run
 
 
-def _landing(block: Block, barrier: Barrier, data: NDArray[np.uint16], place: int) -> Callable[[], None]:
+def _landing(block: Block, barrier: Barrier, data: NDArray[np.uint16], place: int, seen: Any) -> Callable[[], None]:
     """What puts a box into shared memory, 16 bytes of a row swapped with others of it, and tells the barrier."""
     assert data.shape[1] * 2 == _ROW, "boxes of 128 bytes a row"
     line = place + np.arange(data.shape[0])[:, None] * _ROW
@@ -151,6 +164,9 @@ def _landing(block: Block, barrier: Barrier, data: NDArray[np.uint16], place: in
     block.shared.check(at.ravel(), 16)
 
     def land() -> None:
+        races = block.shared.races
+        if races is not None:
+            barrier.seen = np.maximum(barrier.seen, races.write_box(at.ravel(), 16, seen))
         for i in range(8):
             block.shared.store(at + 2 * i, np.ascontiguousarray(data.reshape(data.shape[0], -1, 8)[:, :, i]))
         barrier.bytes -= data.nbytes

@@ -24,6 +24,7 @@ class Copy:
 
     at: Values
     data: Values
+    warps: NDArray[np.intp]
 
 
 @dataclass(slots=True)

@@ -12,8 +12,9 @@ from ptx_machine import barriers, movement, tensor_cores
 from ptx_machine.arithmetic import operation
 from ptx_machine.barriers import Barriers, Boxes
 from ptx_machine.block import Block, Mask, Product, Queue
-from ptx_machine.memory import GlobalMemory, SharedMemory
+from ptx_machine.memory import SHARED_BASE, GlobalMemory, SharedMemory
 from ptx_machine.program import Instruction, Many, Number, Operand, Program, Register
+from ptx_machine.races import Races
 from ptx_machine.walking import MachineError, Step, Walk, moves
 
 Values = NDArray[Any]
@@ -24,7 +25,10 @@ _NOTHING: Final = ("fence", "griddepcontrol", "membar", "setmaxnreg", "bar", "ba
 
 
 class Machine:
-    """Runs blocks of one kernel. ``late``: asynchronous work reads and writes as late as it may, else at once."""
+    """Runs blocks of one kernel. ``late``: asynchronous work reads and writes as late as it may, else at once, and
+    races
+    of warps in shared memory are faults.
+    """
 
     def __init__(self, program: Program, *, late: bool = False) -> None:
         self.program, self.late = program, late
@@ -56,7 +60,8 @@ class Machine:
         }
         registers["%tid.x"][:] = np.arange(count)
         registers["%ctaid.x"][:], registers["%ctaid.y"][:] = x, y
-        shared = SharedMemory(self.program.shared)
+        races = Races(count // 32, SHARED_BASE, self.program.shared) if self.late else None
+        shared = SharedMemory(self.program.shared, races)
         return Block(registers, memory, shared, params, descriptors, self.late, Barriers(self.late))
 
 
@@ -168,7 +173,8 @@ def _accumulate(
     block: Block, into: Operand, mask: Mask, left: Values | int, right: int, keep: bool, width: int, kind: str,
     across: tuple[bool, bool],
 ) -> None:  # fmt: skip
-    product = tensor_cores.warpgroup_product(block.shared, left, right, width, kind, across)
+    first_warp = int(np.flatnonzero(mask)[0]) // 32
+    product = tensor_cores.warpgroup_product(block.shared, left, right, width, kind, across, first_warp)
     rows, columns = tensor_cores.accumulator(width)
     assert isinstance(into, Many)
     assert len(into.parts) == rows.shape[1], f"{len(into.parts)} accumulators for n{width}"

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ptx_machine.races import Races
+
 #: Where a block's shared memory begins: the system holds the first bytes.
 SHARED_BASE = 1024
 
@@ -91,13 +93,24 @@ class GlobalMemory:
 class SharedMemory(Segment):
     """The bytes that a block asked for, filled with NaN: nothing may rely on what it finds."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, races: Races | None = None) -> None:
         super().__init__(SHARED_BASE, np.full(size, 0xFF, np.uint8), "shared memory")
+        self.races = races
 
-    def load(self, addresses: NDArray[np.int64], width: int) -> NDArray[Any]:
+    def load(self, addresses: NDArray[np.int64], width: int, *warps: NDArray[np.intp]) -> NDArray[Any]:
+        """Unsigned numbers of ``width`` bytes, which every one of ``warps`` (a warp for each address) reads."""
         view, places = self.places(addresses, width)
+        for each in warps if self.races is not None else ():
+            assert self.races is not None
+            self.races.read(addresses.ravel(), width, np.broadcast_to(each, addresses.shape).ravel())
         return view[places]
 
-    def store(self, addresses: NDArray[np.int64], values: NDArray[Any]) -> None:
+    def store(self, addresses: NDArray[np.int64], values: NDArray[Any], warps: NDArray[np.intp] | None = None) -> None:
+        """``warps``: which one writes to each address; none where somebody else looks after that."""
         view, places = self.places(addresses, values.dtype.itemsize)
+        if self.races is not None and warps is not None:
+            changes = np.broadcast_to(view[places] != values, addresses.shape).ravel()
+            self.races.write(
+                addresses.ravel(), values.dtype.itemsize, np.broadcast_to(warps, addresses.shape).ravel(), changes
+            )
         view[places] = values

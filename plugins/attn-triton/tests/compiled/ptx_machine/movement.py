@@ -100,8 +100,12 @@ def _load(parts: tuple[str, ...], operands: tuple[Operand, ...]) -> Step:
     def run(block: Block, active: Mask) -> None:
         addresses = block.addresses(at, active)
         _aligned(addresses, width * count)
-        memory = block.shared if shared else block.memory
-        found = [memory.load(addresses + i * width, width) for i in range(count)]
+        places = [addresses + i * width for i in range(count)]
+        if shared:
+            warps = np.flatnonzero(active) // 32
+            found = [block.shared.load(place, width, warps) for place in places]
+        else:
+            found = [block.memory.load(place, width) for place in places]
         for target, values in zip(targets, found, strict=True):
             if target is not None:
                 assert isinstance(target, Register)
@@ -124,7 +128,10 @@ def _store(parts: tuple[str, ...], operands: tuple[Operand, ...]) -> Step:
         for i, source in enumerate(sources):
             assert source is not None
             values = np.broadcast_to(_bits(block, source, kind), active.shape)[active]
-            (block.shared if shared else block.memory).store(addresses + i * width, values)
+            if shared:
+                block.shared.store(addresses + i * width, values, np.flatnonzero(active) // 32)
+            else:
+                block.memory.store(addresses + i * width, values)
 
     return run
 
@@ -166,7 +173,7 @@ def _asynchronous(parts: tuple[str, ...], operands: tuple[Operand, ...]) -> Step
         _aligned(found[some], size.value)
         for i in range(0, size.value, 4):
             data[some, i : i + 4] = block.memory.load(found[some] + i, 4).view(np.uint8).reshape(-1, 4)
-        copy = Copy(at, data)
+        copy = Copy(at, data, np.flatnonzero(active) // 32)
         if block.late:
             block.shared.check(at, size.value)
             block.copies.open.append(copy)
@@ -178,7 +185,7 @@ def _asynchronous(parts: tuple[str, ...], operands: tuple[Operand, ...]) -> Step
 
 def _put(block: Block, copy: Any) -> None:
     for i in range(0, copy.data.shape[1], 4):
-        block.shared.store(copy.at + i, np.ascontiguousarray(copy.data[:, i : i + 4]).view(np.uint32)[:, 0])
+        block.shared.store(copy.at + i, np.ascontiguousarray(copy.data[:, i : i + 4]).view(np.uint32)[:, 0], copy.warps)
 
 
 def _shuffle(parts: tuple[str, ...], operands: tuple[Operand, ...]) -> Step:
@@ -225,7 +232,7 @@ def _load_matrices(parts: tuple[str, ...], operands: tuple[Operand, ...]) -> Ste
                 continue
             own = slice(first, first + 32)
             _aligned(rows[own][: 8 * len(targets)], 16)
-            found = tensor_cores.load_matrices(block.shared, rows[own], len(targets), transposed)
+            found = tensor_cores.load_matrices(block.shared, rows[own], len(targets), transposed, first // 32)
             for i, target in enumerate(targets):
                 assert isinstance(target, Register)
                 block.registers[target.name][own] = found[:, i]
@@ -245,7 +252,7 @@ def _store_matrices(parts: tuple[str, ...], operands: tuple[Operand, ...]) -> St
             if active[first]:
                 own = slice(first, first + 32)
                 _aligned(rows[own][: 8 * len(sources)], 16)
-                tensor_cores.store_matrices(block.shared, rows[own], values[own], transposed)
+                tensor_cores.store_matrices(block.shared, rows[own], values[own], transposed, first // 32)
 
     return run
 

@@ -62,29 +62,31 @@ def _element_offsets(rows: int, mode: int, lead: int, stride: int, across: bool)
     return row // 8 * stride + k // 8 * lead + row % 8 * 16 + k % 8 * 2
 
 
-def described_tile(shared: SharedMemory, descriptor: int, rows: int, across: bool) -> Values:
-    """The bits [rows, 16] of an operand that a wgmma descriptor names. Raises MemoryAccessError."""
+def described_tile(shared: SharedMemory, descriptor: int, rows: int, across: bool, first_warp: int) -> Values:
+    """The bits [rows, 16] of an operand that a wgmma descriptor names, as four warps read it. Raises
+    MemoryAccessError.
+    """
     start, lead, stride = (descriptor & 0x3FFF) << 4, (descriptor >> 16 & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
     mode = descriptor >> 62 & 3
     assert not descriptor >> 49 & 7, "a base offset"
     at = start + _element_offsets(rows, mode, lead, stride, across)
     if mode:
         at = at ^ ((at >> 7 & (_ROW_BYTES[mode] // 16 - 1)) << 4)
-    return shared.load(at.astype(np.int64), 2)
+    return shared.load(at.astype(np.int64), 2, *(np.asarray(first_warp + i) for i in range(4)))
 
 
 def warpgroup_product(
-    shared: SharedMemory, a: Values | int, b: int, width: int, kind: str, across: tuple[bool, bool]
+    shared: SharedMemory, a: Values | int, b: int, width: int, kind: str, across: tuple[bool, bool], first_warp: int
 ) -> NDArray[np.float32]:
     """[64, width]: a (a descriptor, or registers [128, 4]) times what descriptor ``b`` names."""
     if isinstance(a, int):
-        left = described_tile(shared, a, 64, across[0])
+        left = described_tile(shared, a, 64, across[0], first_warp)
     else:
         left = np.empty((64, 16), np.uint16)
         row, column = left_fragment()
         for warp in range(4):
             left[16 * warp + row, column] = halves(a[32 * warp : 32 * warp + 32])
-    right = described_tile(shared, b, width, across[1])
+    right = described_tile(shared, b, width, across[1], first_warp)
     product: NDArray[np.float32] = numbers(left, kind) @ numbers(right, kind).T
     return product
 
@@ -101,20 +103,20 @@ def warp_product(a: Values, b: Values, c: Values, kind: str) -> NDArray[np.float
     return np.asarray(product[lane // 4 + 8 * (i // 2), 2 * (lane % 4) + i % 2] + c)
 
 
-def load_matrices(shared: SharedMemory, rows: Values, count: int, transposed: bool) -> Values:
+def load_matrices(shared: SharedMemory, rows: Values, count: int, transposed: bool, warp: int) -> Values:
     """ldmatrix of one warp: row addresses of lanes [32] to registers [32, count]."""
     found = np.empty((32, count), np.uint32)
     lane = np.arange(32)
     for i in range(count):
         at = rows[8 * i : 8 * i + 8, None] + 2 * np.arange(8)[None, :]
-        matrix = shared.load(at.astype(np.int64), 2)
+        matrix = shared.load(at.astype(np.int64), 2, np.asarray(warp))
         matrix = matrix.T if transposed else matrix
         low, high = matrix[lane // 4, 2 * (lane % 4)], matrix[lane // 4, 2 * (lane % 4) + 1]
         found[:, i] = low.astype(np.uint32) | (high.astype(np.uint32) << 16)
     return found
 
 
-def store_matrices(shared: SharedMemory, rows: Values, registers: Values, transposed: bool) -> None:
+def store_matrices(shared: SharedMemory, rows: Values, registers: Values, transposed: bool, warp: int) -> None:
     """stmatrix of one warp, the reverse."""
     lane = np.arange(32)
     for i in range(registers.shape[1]):
@@ -122,4 +124,4 @@ def store_matrices(shared: SharedMemory, rows: Values, registers: Values, transp
         matrix[lane // 4, 2 * (lane % 4)] = registers[:, i] & 0xFFFF
         matrix[lane // 4, 2 * (lane % 4) + 1] = registers[:, i] >> 16
         at = rows[8 * i : 8 * i + 8, None] + 2 * np.arange(8)[None, :]
-        shared.store(at.astype(np.int64), matrix.T if transposed else matrix)
+        shared.store(at.astype(np.int64), matrix.T if transposed else matrix, np.asarray(warp))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ptx_machine.barriers import try_wait
+from ptx_machine.barriers import try_wait, warps_of
 from ptx_machine.memory import MemoryAccessError
 from ptx_machine.program import Instruction, Number
+from ptx_machine.races import RaceError
 
 if TYPE_CHECKING:
     from ptx_machine.block import Block
@@ -92,15 +93,18 @@ class Walk:
     def _stretch(self, group: Group, limit: int) -> int:
         """Run a group until it branches, waits, returns or meets others; how many steps that were."""
         pc, begun = group.pc, group.pc
-        block, steps, active = self._block, self._steps, group.active
+        block, steps, active, races = self._block, self._steps, group.active, self._block.shared.races
         while pc < limit:
             step = steps[pc]
             if step is None:
                 self._move(self._instructions[pc], pc, active)
                 return pc - begun + 1
+            if races is not None:
+                for warp in warps_of(active):
+                    races.where[warp] = self._instructions[pc].where
             try:
                 step(block, active)
-            except (MemoryAccessError, AssertionError) as fault:
+            except (MemoryAccessError, RaceError, AssertionError) as fault:
                 raise MachineError(f"{self._instructions[pc]}: {fault}") from fault
             pc += 1
         self._put(pc, active)
@@ -132,16 +136,12 @@ class Walk:
         here = self._arrived.setdefault(name, [])
         here.append(Group(pc + 1, active))
         if sum(int(group.active.sum()) for group in here) == (more[0] if more else self._left):
-            for group in self._arrived.pop(name):
+            groups = self._arrived.pop(name)
+            if self._block.shared.races is not None:
+                self._block.shared.races.meet(warps_of(np.logical_or.reduce([group.active for group in groups])))
+            for group in groups:
                 self._put(group.pc, group.active)
 
     def _put(self, pc: int, active: Mask) -> None:
         if active.any() and pc < len(self._instructions):
             self._ready.append(Group(pc, active))
-
-
-def bits_of(values: Any) -> int:
-    """The one value of an operand that all threads agree on."""
-    found = np.unique(values)
-    assert len(found) == 1, f"threads disagree: {found[:4]}"
-    return int(found[0])

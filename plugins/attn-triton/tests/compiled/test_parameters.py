@@ -1,0 +1,52 @@
+"""Launch parameters: what a step on a known chip gets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attn_triton.ahead import CHIPS
+from attn_triton.chip import Chip
+from attn_triton.geometry import Geometry, Strides
+from attn_triton.parameters import LOADS, decode_tile, extend_tile, shared_bytes
+from attn_triton.split import cut_keys
+
+HOPPER = Chip("sm_90", *CHIPS["sm_90"])
+
+
+def geometry(qk: int = 128, v: int = 128, kv_dtype: torch.dtype = torch.bfloat16, heads: int = 8) -> Geometry:
+    strides = Strides(1, 1, 1)
+    return Geometry(heads, 4, qk, v, False, 16, strides, strides, torch.bfloat16, kv_dtype)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "tile"),
+    [
+        ([8192], (128, 8, 3, 1)),
+        ([4096] * 16, (128, 8, 3, 1)),
+        ([65536] * 8, (64, 4, 3, 2)),
+        ([4096] * 64, (64, 4, 4, 2)),
+        ([1024] * 256, (64, 4, 4, 2)),
+        ([128, 32768] * 32, (64, 4, 4, 2)),
+    ],
+    ids=["one", "few", "few and long", "many", "many and short", "mixed"],
+)  # fmt: skip
+def test_a_step_gets_what_was_measured_to_be_best(lengths: list[int], tile: tuple[int, ...]) -> None:
+    """benchmarks/results/nvidia-h200/triton_attention.json has the times of these and of others."""
+    cut = cut_keys(
+        lambda load: decode_tile(HOPPER, geometry(), 4, load), HOPPER.multiprocessors, geometry(), batch=len(lengths),
+        query_len=1, most_keys=max(lengths), lengths=lengths, window=None,
+    )  # fmt: skip
+    assert (cut.tile.block_n, cut.tile.warps, cut.tile.stages, cut.tile.per_sm) == tile
+
+
+@pytest.mark.parametrize("arch", CHIPS)
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("tree", [False, True])
+def test_every_tile_fits_by_its_own_account(arch: str, kv_dtype: torch.dtype, tree: bool) -> None:
+    chip = Chip(arch, *CHIPS[arch])
+    for width in (32, 64, 80, 128, 192, 256):
+        shape = geometry(width, width, kv_dtype)
+        tiles = [decode_tile(chip, shape, rows, load, tree=tree) for rows in (4, 64) for load in LOADS]
+        for tile in (*tiles, extend_tile(chip, shape, 1024, tree=tree)):
+            small = tile.stages == 1 and tile.block_n <= 16
+            assert small or shared_bytes(shape, tile, tree=tree) <= chip.shared_memory, f"{width}: {tile}"
