@@ -32,9 +32,10 @@ $(WAVE_ENV)/.ready: $(VENV)/.plugins
 	$(call wave-environment,$(WAVE_ENV),wave-lang==$(WAVE_VERSION))
 	@touch $@
 
-# Three minutes of one core; needs llvm-objdump of LLVM 17 or newer for the listings.
+# Eight minutes of one core; needs llvm-objdump of LLVM 17 or newer for the listings.
 wave-compile: $(WAVE_ENV)/.ready
 	$(WAVE_ENV)/bin/python plugins/attn-wave/tools/ship_kernels.py gfx942
+	$(WAVE_ENV)/bin/python plugins/attn-wave/tools/ship_kernels.py --facts gfx950
 
 # Another compiler's code: attn-triton's kernels as an MI300X would run them, in the emulator. Needs llvm-objdump too.
 test-wave-triton: $(TRITON_ENV)/.ready

@@ -1,10 +1,14 @@
-"""Compiles every variant for an architecture into the folder that the wheel ships: ship_kernels.py gfx942 [KEY ...]"""
+"""Compiles every variant for an architecture: ship_kernels.py [--facts | --listings] gfx942 [KEY ...]
+
+Into the folder that the wheel ships: code objects, the facts about them, and their disassembly. With --facts only the
+facts, for a chip that the manifest does not claim; with --listings only the disassembly anew.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import lzma
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +20,8 @@ from attn_wave.variant import all_variants
 PACKAGE = Path(__file__).parent.parent / "src" / "attn_wave"
 
 
-def main(arch: str, only: list[str]) -> None:
-    """Write each code object as soon as it is there and its facts with it; the listings last of all."""
+def compile_all(arch: str, only: list[str], *, facts_alone: bool) -> None:
+    """Write each code object as soon as it is there and its facts with it; those that are current already are left."""
     folder = PACKAGE / "shipped" / arch
     folder.mkdir(parents=True, exist_ok=True)
     index = folder / "index.json"
@@ -28,12 +32,12 @@ def main(arch: str, only: list[str]) -> None:
         if variant.key in kernels or (only and variant.key not in only):
             continue
         made = compile_variant(variant, arch)
-        (folder / f"{variant.key}.hsaco.xz").write_bytes(lzma.compress(made.blob, preset=9))
+        if not facts_alone:
+            (folder / f"{variant.key}.hsaco.xz").write_bytes(lzma.compress(made.blob, preset=9))
         kernels[variant.key] = made.record()
         ordered = {"versions": versions, "kernels": dict(sorted(kernels.items()))}
         index.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
         print(variant.key, made.facts, flush=True)
-    write_listings(arch)
 
 
 def write_listings(arch: str) -> None:
@@ -44,7 +48,13 @@ def write_listings(arch: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--listings":
-        write_listings(sys.argv[2])
-    else:
-        main(sys.argv[1], sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--facts", action="store_true")
+    parser.add_argument("--listings", action="store_true")
+    parser.add_argument("arch")
+    parser.add_argument("keys", nargs="*")
+    asked = parser.parse_args()
+    if not asked.listings:
+        compile_all(asked.arch, asked.keys, facts_alone=asked.facts)
+    if not asked.facts:
+        write_listings(asked.arch)

@@ -13,9 +13,18 @@ from attn_wave.emulator.instructions import Instruction, parse
 def program(lines: str, *, lds: int = 0, argument_size: int = 0) -> CodeObject:
     """A kernel of these lines, each of 4 bytes, with the address of its arguments in s[0:1] and of its group in s2."""
     instructions = tuple(parse(line.strip(), 4 * i) for i, line in enumerate(lines.strip().splitlines()))
-    return with_instructions(
-        CodeObject("program", "gfx942", np.zeros(4, np.uint8), 0, lds, argument_size, 0x80 | 2 << 1, b""), instructions
+    code = CodeObject(
+        "program",
+        "gfx942",
+        np.zeros(4, np.uint8),
+        0,
+        lds,
+        argument_size,
+        setup=0x80 | 2 << 1,
+        float_mode=0xF0,
+        blob=b"",
     )
+    return with_instructions(code, instructions)
 
 
 def with_instructions(code: CodeObject, instructions: Sequence[Instruction]) -> CodeObject:

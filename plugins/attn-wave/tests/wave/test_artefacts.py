@@ -62,6 +62,26 @@ def test_it_keeps_within_the_chip(variant: Variant) -> None:
 
 
 @each_variant
+def test_it_asks_for_the_arithmetic_that_the_emulator_has(variant: Variant) -> None:
+    """Rounding to nearest and denormals kept, from the first instruction to the last."""
+    code = code_objects()[variant.key]
+    assert code.float_mode == 0b11110000
+    assert not any(instruction.name.startswith("s_setreg") for instruction in code.instructions)
+
+
+@each_variant
+def test_it_compiles_for_gfx950_too(variant: Variant) -> None:
+    """Which is not claimed, and not shipped: there is nothing that could run it."""
+    index = shipped.index("gfx950")
+    assert index["versions"] == shipped.index(ARCH)["versions"]
+    record = index["kernels"][variant.key]
+    assert record["matrix_instructions"] >= variant.keys // 32 * (variant.qk_width + variant.v_width) // 32
+    assert record["vgprs"] <= VECTOR_REGISTERS // max(1, variant.waves // 4)
+    assert (record["sgprs"] <= SCALAR_REGISTERS, record["lds"] <= 160 << 10, record["spilled_vgprs"]) == (True, True, 0)
+    assert shipped.shipped(variant, "gfx950") is None
+
+
+@each_variant
 def test_products_are_matrix_instructions(variant: Variant) -> None:
     """As many as one step of the loop needs: 16 keys and 16 of the width at a time, for scores and for values."""
     code = code_objects()[variant.key]

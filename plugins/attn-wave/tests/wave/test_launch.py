@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -127,6 +129,7 @@ def test_a_loop_that_never_ends_is_stopped(monkeypatch: pytest.MonkeyPatch) -> N
     ("text", "says"),
     [
         ("v_dot4_i32_i8 v0, v1, v2, v3", "v_dot4_i32_i8 .* is not modelled"),
+        ("s_setreg_imm32_b32 hwreg(HW_REG_MODE, 4, 4), 0", "is not modelled"),
         ("s_branch 7", "goes to 0x20, where no instruction begins"),
         ("v_mfma_f32_16x16x16_f16 v[0:3], v[4:5], v[6:7], 0 cbsz:1", "broadcasts between blocks are not modelled"),
         ("v_add_u32_dpp v0, v1, v2 wave_shl:1 row_mask:0xf bank_mask:0xf", "not modelled"),
@@ -136,6 +139,13 @@ def test_a_loop_that_never_ends_is_stopped(monkeypatch: pytest.MonkeyPatch) -> N
 def test_what_is_not_modelled_is_said(text: str, says: str) -> None:
     with pytest.raises(EmulationError, match=says):
         launch(program(f"{text}\ns_endpgm"), (1, 1, 1), (64, 1, 1), [])
+
+
+def test_another_float_mode_is_refused() -> None:
+    """Such as denormals flushed, which compilers can ask for."""
+    code = replace(program("s_endpgm"), float_mode=0xC0)
+    with pytest.raises(EmulationError, match="float mode 0xc0"):
+        launch(code, (1, 1, 1), (64, 1, 1), [])
 
 
 def test_missing_arguments_are_refused() -> None:

@@ -48,6 +48,8 @@ class CodeObject:
     argument_size: int
     #: rsrc2 of the kernel descriptor: how many scalar registers are set up, and with which workgroup ids
     setup: int
+    #: rounding and denormals of rsrc1, two bits each: fp32, fp16 and fp64, then whose denormals are kept
+    float_mode: int
     blob: bytes = field(repr=False)
     metadata: str = field(repr=False, default="")
 
@@ -74,6 +76,7 @@ class CodeObject:
             lds_size=lds,
             argument_size=arguments,
             setup=struct.unpack_from("<I", raw, 52)[0],
+            float_mode=struct.unpack_from("<I", raw, 48)[0] >> 12 & 0xFF,
             blob=blob,
         )
 

@@ -33,12 +33,9 @@ _CONDITIONS: Final[Mapping[str, Callable[[Wave], object]]] = {
 
 
 def control(instruction: Instruction, places: Mapping[int, int]) -> Action | None:
-    """The action of an instruction that steers; None if it does not. ``places``: address -> index.
-
-    ``s_setreg`` is ignored: it sets rounding and denormal modes, which the model has in their defaults.
-    """
+    """The action of an instruction that steers; None if it does not. ``places``: address -> index."""
     name = instruction.name
-    if name in IGNORED or name.startswith("s_setreg"):
+    if name in IGNORED:
         return lambda w: None
     if name == "s_endpgm":
         return _end

@@ -25,6 +25,8 @@ _CODE: Final = 0x1000000
 _TENSORS: Final = 1 << 40
 #: A kernel of the kit's cases takes thousands: a loop that never ends is stopped.
 MAX_INSTRUCTIONS: Final = 20_000_000
+#: Rounding to nearest in both places, denormals kept in both: what numpy does.
+_FLOAT_MODE: Final = 0xF0
 _WORKGROUP_ID_BITS: Final = (0x80, 0x100, 0x200)
 
 
@@ -59,6 +61,11 @@ def launch(
     asks for. ``backwards``: the last wave and workgroup first, which
     must not change a bit. Raises EmulationError, MemoryFaultError.
     """
+    if code.float_mode != _FLOAT_MODE:
+        raise EmulationError(
+            f"{code.name} asks for the float mode {code.float_mode:#x}",
+            accepted=f"{_FLOAT_MODE:#x}: rounding to nearest, denormals kept",
+        )
     memory = Memory()
     packed = _packed(arguments, memory, wide)
     if len(packed) < code.argument_size:
