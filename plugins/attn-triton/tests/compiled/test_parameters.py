@@ -7,7 +7,7 @@ import torch
 from attn_triton.ahead import CHIPS
 from attn_triton.chip import Chip
 from attn_triton.geometry import Geometry, Strides
-from attn_triton.parameters import LOADS, decode_tile, extend_tile, shared_bytes
+from attn_triton.parameters import LOADS, DecodeTile, ExtendTile, decode_tile, extend_tile, shared_bytes
 from attn_triton.split import cut_keys
 
 HOPPER = Chip("sm_90", *CHIPS["sm_90"])
@@ -46,7 +46,8 @@ def test_every_tile_fits_by_its_own_account(arch: str, kv_dtype: torch.dtype, tr
     chip = Chip(arch, *CHIPS[arch])
     for width in (32, 64, 80, 128, 192, 256):
         shape = geometry(width, width, kv_dtype)
-        tiles = [decode_tile(chip, shape, rows, load, tree=tree) for rows in (4, 64) for load in LOADS]
-        for tile in (*tiles, extend_tile(chip, shape, 1024, tree=tree)):
+        tiles: list[DecodeTile | ExtendTile] = [extend_tile(chip, shape, 1024, tree=tree)]
+        tiles += [decode_tile(chip, shape, rows, load, tree=tree) for rows in (4, 64) for load in LOADS]
+        for tile in tiles:
             small = tile.stages == 1 and tile.block_n <= 16
             assert small or shared_bytes(shape, tile, tree=tree) <= chip.shared_memory, f"{width}: {tile}"
