@@ -35,7 +35,7 @@ def test_a_known_mistake_is_named(name: str) -> None:
     text, mistake = CASES[name]
     liar = liars()[f"liar_{name}"]
     with register(liar.cls, manifest(liar)) as ref:
-        result = run_case(Case.parse(text), Target(ref, System("cpu"), torch.device("cpu")))
+        result = run_case(Case.parse(text), Target(ref, System("cpu"), torch.device("cpu")), look=True)
     assert result.faults[0].message.endswith(f"; it is right for {mistake}")
 
 
@@ -43,6 +43,6 @@ def test_another_mistake_is_not_named() -> None:
     liar = liars()["liar_wrong_scale"]
     with register(liar.cls, manifest(liar)) as ref:
         target = Target(ref, System("cpu"), torch.device("cpu"))
-        result = run_case(replace(Case.parse("decode/8x2x64/1@31/dtype=float32"), seed=3), target)
+        result = run_case(replace(Case.parse("decode/8x2x64/1@31/dtype=float32"), seed=3), target, look=True)
     assert result.faults
     assert not any("it is right for" in fault.message for fault in result.faults)

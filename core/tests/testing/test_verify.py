@@ -82,6 +82,7 @@ def test_an_over_claimed_feature_is_named_with_a_case_that_reproduces_it() -> No
         assert rows["sliding_window"].outcome == "over_claimed"
         assert rows["softcap"].outcome == "proved"
         assert rows["sliding_window"].first in report.table()
+        assert "; it is right for no window" in report.table()
         assert verify("deaf", case=rows["sliding_window"].first).exit_code == 1
         assert verify("deaf", case="decode/8x2x64+softcap=1.5/1@31/dtype=float32").exit_code == 0
 

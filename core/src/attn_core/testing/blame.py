@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from attn_core.planning.config import FEATURES
+from attn_core.testing.cases import Case
 from attn_core.testing.run import Result
 
 #: Which fault of a case counts, if it has several: the one that would cause the others.
@@ -90,8 +92,13 @@ def _explain_check(check: str, failed: Sequence[Result], universe: Sequence[Resu
 
 def claims_of(result: Result) -> frozenset[str]:
     """The claims of a case, each also as a claim about its mode."""
-    claims = result.case.claims()
-    return claims | {f"{claim} in {result.case.mode}" for claim in claims}
+    return _claims_of(result.case)
+
+
+@lru_cache(maxsize=1 << 15)
+def _claims_of(case: Case) -> frozenset[str]:
+    claims = case.claims()
+    return claims | {f"{claim} in {case.mode}" for claim in claims}
 
 
 def _witnessed(failed: Sequence[Result], passed: Sequence[Result]) -> frozenset[str]:

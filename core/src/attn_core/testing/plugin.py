@@ -22,7 +22,7 @@ from attn_core.testing.report import Report
 from attn_core.testing.rows import rows_of
 from attn_core.testing.run import Result, Target
 from attn_core.testing.runner import check_usable
-from attn_core.testing.workers import run_job
+from attn_core.testing.workers import Look, run_job
 
 _PROPERTY: Final = "attn_case"
 
@@ -48,6 +48,8 @@ class Subject:
     def run(self, case: Case) -> Result:
         """One case, of either direction."""
         (result,) = run_job(case, self.target, probe=False, deadline=None)
+        if result.status == "failed" and not case.refused:
+            (result,) = run_job(Look(case), self.target, probe=False, deadline=None)
         return result
 
     def report(self, results: list[Result]) -> Report:

@@ -6,8 +6,10 @@ Needs neither pytest nor hypothesis, but for the fuzzing of the tier ``stress``.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 from attn_core.errors import BackendRefusedError, UsageError
 from attn_core.planning.discovery import IN_PROCESS, BackendRef, discover
@@ -15,6 +17,7 @@ from attn_core.planning.reasons import availability
 from attn_core.testing import evidence
 from attn_core.testing.agenda import PROBES, Agenda, Done, agenda
 from attn_core.testing.axes import TIERS, Tier
+from attn_core.testing.blame import Blame
 from attn_core.testing.cases import Case
 from attn_core.testing.devices import Place, at, own_emulators
 from attn_core.testing.fuzz import Share
@@ -22,9 +25,12 @@ from attn_core.testing.report import Report, junit_xml
 from attn_core.testing.rows import rows_of
 from attn_core.testing.run import NOT_BEGUN, Result, Target
 from attn_core.testing.underclaims import features_to_probe, probes
-from attn_core.testing.workers import HANGS_AFTER, Crew, Job, LostDeviceError, Results, in_processes, run_job
+from attn_core.testing.workers import HANGS_AFTER, Crew, Job, Look, LostDeviceError, Results, in_processes, run_job
 
 Progress = Callable[[int, int, Result], None]
+
+#: Wrong cases that are looked at more closely.
+_LOOKS: Final = 8
 
 
 def verify(
@@ -91,6 +97,9 @@ def verify(
             eager_graphs=place.device.type == "cpu",
             required=plan.required,
         )
+        looked = run.looked_at(blames)
+        blames = tuple(replace(blame, first=looked.get(blame.first.case, blame.first)) for blame in blames)
+        results = [looked.get(result.case, result) for result in results]
         report = Report(
             ref.name, place.text, place.level, tier, seed, tuple(results), rows, blames, time.time() - begun, facts,
             notes, done,
@@ -156,7 +165,7 @@ class _Run:
             for job, results in self._stream(plan):
                 if isinstance(job, Share):
                     fuzzed += results
-                else:
+                elif isinstance(job, Case):
                     (of_case[job],) = results
                 for result in results:
                     self._count += 1
@@ -171,11 +180,24 @@ class _Run:
         every = [of_case.get(case) or Result(case, "not_run", note=f"{NOT_BEGUN}: {cut}") for case in plan.cases]
         return [*every, *fuzzed], plan.done(of_case.keys(), len(fuzzed))
 
+    def looked_at(self, blames: Sequence[Blame]) -> dict[Case, Result]:
+        """The first cases of wrong outputs once more, with the mistakes that they show; those that fail again."""
+        jobs = [Look(blame.first.case) for blame in blames if blame.check in ("output", "lse")][:_LOOKS]
+        try:
+            every = [result for _, results in self._run(iter(jobs), len(jobs)) for result in results]
+        except LostDeviceError:
+            return {}
+        return {result.case: result for result in every if result.status == "failed"}
+
+    def _run(self, jobs: Iterator[Job], count: int) -> Iterator[tuple[Job, Results]]:
+        """Jobs and results as they come."""
+        workers = min(self.workers, count)
+        return in_processes(jobs, self._crew(workers)) if workers else self._in_this_process(jobs)
+
     def _stream(self, plan: Agenda) -> Iterator[tuple[Job, Results]]:
         """Jobs and results as they come; the first failure of the fuzzing ends the fuzzing."""
         jobs = _Jobs(plan)
-        workers = min(self.workers, plan.size)
-        for job, results in in_processes(jobs, self._crew(workers)) if workers else self._in_this_process(jobs):
+        for job, results in self._run(jobs, plan.size):
             if isinstance(job, Share) and any(result.status == "failed" for result in results):
                 jobs.fuzzes = False
             yield job, results

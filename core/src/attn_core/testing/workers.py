@@ -24,8 +24,16 @@ from attn_core.testing.fuzz import Share, run_share
 from attn_core.testing.refusals import check_refusal
 from attn_core.testing.run import Result, Target, run_case
 
-#: What a process is given to do: one case, or a share of the fuzzing.
-Job = Case | Share
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """A case that failed, once more, to find the mistake that it shows."""
+
+    case: Case
+
+
+#: What a process is given to do: one case, a share of the fuzzing, or a closer look.
+Job = Case | Share | Look
 Results = tuple[Result, ...]
 
 #: What torch says when an earlier kernel has broken the device's context: nothing can run in this process any more.
@@ -58,18 +66,23 @@ class Crew:
 def run_job(
     job: Job, target: Target, *, probe: bool, deadline: float | None, begins: Callable[[Case], None] | None = None
 ) -> Results:
-    """A case of either direction, or a share of fuzzing; ``begins`` is told of each case before it runs."""
+    """A case of either direction, a closer look at one, or a share of fuzzing.
+
+    ``begins`` is told of each case of a share before it runs.
+    """
     if isinstance(job, Share):
         return run_share(job, target, deadline=deadline, begins=begins, is_lost=lost_device)
-    return (_run_case(job, target, probe),)
+    if isinstance(job, Look):
+        return (_run_case(job.case, target, probe=False, look=True),)
+    return (_run_case(job, target, probe=probe, look=False),)
 
 
-def _run_case(case: Case, target: Target, probe: bool) -> Result:
+def _run_case(case: Case, target: Target, *, probe: bool, look: bool) -> Result:
     """A case, whatever happens in it, with what was warned of."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         try:
-            result = check_refusal(case, target, probe=probe) if case.refused else run_case(case, target)
+            result = check_refusal(case, target, probe=probe) if case.refused else run_case(case, target, look=look)
         except Exception as error:
             result = Result(case, "failed", (Fault("raised", f"{type(error).__name__}: {error}"),))
     said = dict.fromkeys(f"{warning.category.__name__}: {warning.message}" for warning in caught)
@@ -155,7 +168,7 @@ class _Process:
     def give(self, job: Job) -> None:
         """Begin a job."""
         self.job = job
-        self._case = job if isinstance(job, Case) else None
+        self._case = None if isinstance(job, Share) else job.case if isinstance(job, Look) else job
         self.heard = time.time()
         self.connection.send(job)
 
