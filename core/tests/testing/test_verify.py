@@ -323,6 +323,26 @@ def test_a_backend_that_always_raises_is_said_to_and_not_called_wrong() -> None:
     assert "decode (raised)" in report.table()
 
 
+def test_what_only_a_random_case_shows_is_made_small_and_can_be_repeated() -> None:
+    class Fives(TorchNativeBackend):
+        name = "fives"
+
+        def forward_extend(self, q, k, v, layer, batch, **options):  # type: ignore[no-untyped-def]
+            wrong = replace(layer, scale=layer.scale * 1.1) if layer.group_size == 5 else layer
+            return super().forward_extend(q, k, v, wrong, batch, **options)
+
+    with register(Fives, manifest_of("fives", features=["sliding_window", "lse"])):
+        report = verify("fives", "stress")
+        (smallest,) = report.failures
+        (kind,) = smallest.case.kinds
+        assert (len(smallest.case.requests), kind.group_size, kind.sliding_window) == (1, 5, None)
+        assert f"attn verify fives --device cpu --case '{smallest.case.id}'" in report.table()
+        assert "group_size=5" in report.table()
+        assert report.done["fuzz"].ran < report.done["fuzz"].of
+        assert "fuzz" not in report.whole_tiers
+        assert verify("fives", case=smallest.case.id).exit_code == 1
+
+
 def test_warnings_of_a_backend_are_told_once() -> None:
     class Talker(TorchNativeBackend):
         name = "talker"

@@ -39,8 +39,8 @@ Results = tuple[Result, ...]
 #: What torch says when an earlier kernel has broken the device's context: nothing can run in this process any more.
 _LOST_DEVICE: Final = ("CUDA error", "device-side assert", "unspecified launch failure", "NPU function error")
 _PROFILER_LOG: Final = "KINETO_LOG_LEVEL"
-#: Seconds after which a case on an accelerator hangs: the slowest there is takes a few, with its compilation a minute.
-HANGS_AFTER: Final = 300.0
+#: Seconds after which a case on an accelerator hangs: it may compile a library's kernels first, which takes minutes.
+HANGS_AFTER: Final = 900.0
 #: Seconds that running cases have to end in when the time of a run is over.
 GRACE: Final = 15.0
 #: Processes that may be lost to a device that is broken for good, before what is left is given up.
