@@ -26,7 +26,7 @@ Backend = Callable[[AttentionConfig, KVCache], TritonBackend]
 @dataclass(frozen=True, slots=True)
 class ChosenStep:
     """``launches``: the kernels after the write, without ``_kernel``. ``new`` tokens and ``cached`` ones of each
-    request, and what the layer is. ``blind``: the host knows no lengths.
+    request, and what the layer is. ``blind``: the host knows no lengths. ``replayed``: from the buffers of graphs.
     """
 
     launches: str
@@ -42,6 +42,7 @@ class ChosenStep:
     kind: dict[str, Any] = field(default_factory=dict)
     tree: bool = False
     blind: bool = False
+    replayed: bool = False
     invariant: bool = False
 
 
@@ -69,13 +70,16 @@ STEPS: Final[dict[str, ChosenStep]] = {
     ),
     "decode over fp8": ChosenStep("schedule decode merge", (1, 1), (150, 40), _DECODE, kv_dtype="fp8_e4m3"),
     "verify a tree": ChosenStep("tree_depth schedule decode merge", (4, 4), (70, 20), _VERIFY, tree=True),
+    "decode from the buffers of graphs": ChosenStep(
+        "refresh refresh schedule schedule decode merge", (1, 1), (200, 30), _DECODE, heads=(8, 2), replayed=True
+    ),
     "verify many rows": ChosenStep("decode merge", (4,), (150,), _VERIFY, heads=(16, 1), kv_dtype="fp8_e5m2"),
     "extend by the copy engine": ChosenStep(
-        "twin_extend", (40, 1), (300, 5), heads=(4, 2), page=64, layout="HND", dtype="float16"
+        "gluon_extend", (40, 1), (300, 5), heads=(4, 2), page=64, layout="HND", dtype="float16"
     ),
-    "extend by the copy engine, over many tiles": ChosenStep("twin_extend", (20,), (800,)),
+    "extend by the copy engine, over many tiles": ChosenStep("gluon_extend", (20,), (800,)),
     "extend by the copy engine, mapped": ChosenStep(
-        "tile_map twin_extend", (150, 2, 3), (0, 10, 200), heads=(2, 1), page=32
+        "tile_map gluon_extend", (150, 2, 3), (0, 10, 200), heads=(2, 1), page=32
     ),
     "extend with a window": ChosenStep("extend", (70,), (60,), widths=(96, 96), kind={"sliding_window": 40}),
     "extend over fp8, keys and values of two widths": ChosenStep(
@@ -103,7 +107,12 @@ def play(
     """A step, its queries and what the backend says to them."""
     config, layer, batch, cache, inputs = _made(step, device)
     made = backend(config, cache)
-    made.init_forward_metadata(batch)
+    if step.replayed:
+        made.init_cuda_graph_state(batch.batch_size, batch.num_tokens)
+        made.init_forward_metadata_capture_cuda_graph(batch)
+        made.init_forward_metadata_replay_cuda_graph(batch)
+    else:
+        made.init_forward_metadata(batch)
     out, lse = made.forward(*inputs, layer, batch, return_lse=True)
     return layer, batch, cache, inputs[0], Output(out, lse)
 

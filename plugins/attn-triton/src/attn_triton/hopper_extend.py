@@ -19,7 +19,8 @@ from attn_triton.parameters import FORCED, ExtendTile
 if TYPE_CHECKING:
     from attn_triton.extend import Rows
 
-#: What the kernel is written for: 128 rows, 128 keys, eight warps that compute, two stages.
+#: What the kernel is written for: 128 rows in two groups of four warps, 128 keys, two stages.
+WARPS: Final = 4
 TILE: Final = ExtendTile(block_m=128, block_n=128, warps=8, stages=2, by_head=True)
 HEAD_WIDTH: Final = 128
 
@@ -103,7 +104,6 @@ def bind(
 ) -> BoundGluonExtend:
     """What layers of the kind of ``layer`` launch over ``rows``; the tensors give the dtypes."""
     from attn_triton.kernels.gluon_extend import gluon_extend_kernel
-    from attn_triton.kernels.gluon_twin import twin_extend_kernel
 
     geometry = layer.kind.geometry
     place = place_of(geometry, geometry.k)
@@ -111,21 +111,14 @@ def bind(
     assert rows.pages is not None, "takes() was asked"
     assert rows.lengths is not None, "paged keys have lengths"
     box = math.gcd(geometry.page_size, TILE.block_n)
-    twin = FORCED.get("twin", True)
     constants = {
         "HKV": geometry.num_kv_heads, "GROUP": geometry.group, "BM": TILE.block_m, "BN": TILE.block_n,
-        "STAGES": TILE.stages, **({} if twin else {"WARPS": TILE.warps}), "PAGE": geometry.page_size, "BOX": box,
-        "ROWS_PAGE": place.page,
+        "STAGES": TILE.stages, "PAGE": geometry.page_size, "BOX": box, "ROWS_PAGE": place.page,
         "ROWS_HEAD": place.head, "COLUMNS_HEAD": place.column, "MAPPED": tile_map is not None,
         "BY_HEAD": FORCED.get("gluon_by_head", TILE.by_head), "HAS_LSE": lse is not None,
     }  # fmt: skip
     attend = Bound(
-        launchers.get(
-            twin_extend_kernel if twin else gluon_extend_kernel,
-            constants,
-            {"num_warps": 4 if twin else TILE.warps},
-            (out.dtype, geometry.dtype),
-        ),
+        launchers.get(gluon_extend_kernel, constants, {"num_warps": WARPS}, (out.dtype, geometry.dtype)),
         [
             q, boxes(layer.k_pool, place, box), boxes(layer.v_pool, place, box), rows.pages, rows.lengths, rows.starts,
             out, rows.starts if lse is None else lse, rows.starts if tile_map is None else tile_map, rows.batch, blocks,

@@ -67,5 +67,5 @@ def test_warming_up_compiles_what_a_config_needs() -> None:
     kernels = {found.kernel for found in compile_config(config, "sm_90")}
     assert kernels == {
         "write_kernel", "decode_kernel", "merge_kernel", "schedule_kernel", "tree_depth_kernel", "tile_map_kernel",
-        "twin_extend_kernel",
+        "gluon_extend_kernel",
     }  # fmt: skip

@@ -1,11 +1,14 @@
-"""Extend attention for Hopper in Gluon: one producer warp brings pages by the copy engine, eight warps compute.
+"""Extend attention for Hopper in Gluon: one producer warp brings pages by the copy engine, two groups of four warps
+compute.
 
-A program holds BM query rows, (token, head of a KV head's group), and walks tiles of BN keys. A tile is BN / BOX boxes
-of BOX tokens, which lie in one page each, times two halves of the 128-wide head; all of them land in one swizzled tile
-of shared memory. The product with the values of tile i runs while the scores of tile i + 1 are computed.
+A program holds 2 x 64 query rows, (token, head of a KV head's group), and walks tiles of BN keys, which both groups
+read. A tile is BN / BOX boxes of BOX tokens, which lie in one page each, times two halves of the 128-wide head; all of
+them land in one swizzled tile of shared memory. A group issues the scores of tile i, then the values of tile i - 1, and
+does the softmax of the one while the tensor cores work on the other; the two groups never wait for each other but
+through the tiles.
 
-Barriers, one a stage each: keys full, values full (copy engine -> consumer); keys free,
-values free (consumer -> producer).
+Barriers, one a stage each: keys full, values full (copy engine -> groups); keys free, values free (both groups ->
+producer). One more says that group 0 has cleared what lies behind a sequence.
 """
 
 from triton.experimental import gluon
@@ -18,6 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
+
+ROWS: gl.constexpr = gl.constexpr(64)
 
 
 @gluon.jit
@@ -74,104 +79,120 @@ def produce(
 
 
 @gluon.jit
-def clear_tail(v_tiles, stage, rows, BN: gl.constexpr, WARPS: gl.constexpr):
+def clear_tail(tile, rows, BN: gl.constexpr):
     """Zero the values from ``rows`` on: behind a sequence lies anything, and 0 * NaN would be NaN."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     r = gl.arange(0, BN, gl.SliceLayout(1, layout))
-    for half in gl.static_range(2):
-        part = v_tiles.index(2 * stage + half)
-        x = part.load(layout)
-        part.store(gl.where((r < rows)[:, None], x, gl.zeros_like(x)))
+    x = tile.load(layout)
+    tile.store(gl.where((r < rows)[:, None], x, gl.zeros_like(x)))
     fence_async_shared()
     gl.thread_barrier()
+
+
+@gluon.jit
+def fold(
+    s, top, total, i, last_seen, scale, MASKED: gl.constexpr, BN: gl.constexpr, mma: gl.constexpr, dtype: gl.constexpr
+):
+    """The scores of tile ``i`` into the running softmax: probabilities as an operand, and the factor on what was
+    before.
+    """
+    if MASKED:
+        n = i * BN + gl.arange(0, BN, gl.SliceLayout(0, mma))
+        s = gl.where(n[None, :] <= last_seen[:, None], s, float("-inf"))
+    new_top = gl.maximum(top, gl.max(s, 1) * scale)
+    p = gl.exp2(s * scale - new_top[:, None])
+    factor = gl.exp2(top - new_top)
+    total = total * factor + gl.sum(p, 1)
+    return gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, mma, 2)), factor, new_top, total
 
 
 @gluon.jit
 def run_tiles(
-    acc0, acc1, top, total, q_s, k_tiles, v_tiles, k_full, v_full, k_free, v_free, begin, end, length, last_seen, scale,
-    MASKED: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
-    mma: gl.constexpr,
+    p, acc, top, total, q, k_tiles, v_tiles, k_full, v_full, k_free, v_free, begin, end, tiles, last_seen,
+    scale, MASKED: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
-    """Tiles ``begin``..``end``. The accumulators come in and go out with their last product still under way."""
+    """Tiles ``begin``..``end`` (begin > 0) of ``tiles``. ``p`` are the probabilities of the tile before, whose values
+    are not in ``acc`` yet. The keys of the first tile are here; so will be those of tile ``end``.
+    """
     for i in range(begin, end):
         stage = i % STAGES
-        phase = (i // STAGES) & 1
-        mbarrier.wait(k_full.index(stage), phase)
-        zero = gl.zeros([BM, BN], gl.float32, mma)
-        s = warpgroup_mma(q_s.index(0), k_tiles.index(2 * stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-        s = warpgroup_mma(q_s.index(1), k_tiles.index(2 * stage + 1).permute((1, 0)), s, is_async=True)
-        s, a0, a1 = warpgroup_mma_wait(0, deps=(s, acc0, acc1))
-        gl.thread_barrier()  # all warps have read the keys of this tile, and the values of the one before
+        before = (i - 1) % STAGES
+        zero = gl.zeros([ROWS, BN], gl.float32, mma)
+        s = warpgroup_mma(q, k_tiles.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+        mbarrier.wait(v_full.index(before), ((i - 1) // STAGES) & 1)
+        acc = warpgroup_mma(p, v_tiles.index(before), acc, is_async=True)
+        s = warpgroup_mma_wait(1, deps=(s,))
+        gl.thread_barrier()
         mbarrier.arrive(k_free.index(stage), count=1)
-        mbarrier.arrive(v_free.index((i + STAGES - 1) % STAGES), count=1, pred=i > 0)
-        if MASKED:
-            n = i * BN + gl.arange(0, BN, gl.SliceLayout(0, mma))
-            s = gl.where(n[None, :] <= last_seen[:, None], s, float("-inf"))
-        new_top = gl.maximum(top, gl.max(s, 1) * scale)
-        p = gl.exp2(s * scale - new_top[:, None])
-        factor = gl.exp2(top - new_top)
-        total = total * factor + gl.sum(p, 1)
-        top = new_top
-        p = gl.convert_layout(p.to(v_tiles.dtype), gl.DotOperandLayout(0, mma, 2))
-        a0 = a0 * factor[:, None]
-        a1 = a1 * factor[:, None]
-        mbarrier.wait(v_full.index(stage), phase)
-        if MASKED:
-            if (i + 1) * BN > length:
-                clear_tail(v_tiles, stage, length - i * BN, BN, WARPS)
-        acc0 = warpgroup_mma(p, v_tiles.index(2 * stage), a0, is_async=True)
-        acc1 = warpgroup_mma(p, v_tiles.index(2 * stage + 1), a1, is_async=True)
-    return acc0, acc1, top, total
+        p, factor, top, total = fold(s, top, total, i, last_seen, scale, MASKED, BN, mma, v_tiles.dtype)
+        # A wait is a branch, over which ptxas does not pull the wait for the values: it would come before the softmax.
+        mbarrier.wait(k_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1, pred=i + 1 < tiles)
+        a = warpgroup_mma_wait(0, deps=(acc,))
+        gl.thread_barrier()
+        mbarrier.arrive(v_free.index(before), count=1)
+        acc = warpgroup_mma_init(a * factor[:, None])
+    return p, acc, top, total
 
 
 @gluon.jit
 def consume(
-    Q, OUT, LSE, STARTS, b, h, block, q_start, query_len, prefix, length, q_s, k_tiles, v_tiles, k_full, v_full, k_free,
-    v_free, full, tiles, q_token, q_head, out_token, out_head, scale, v_scale, GROUP: gl.constexpr, HEADS: gl.constexpr,
-    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr, HAS_LSE: gl.constexpr,
+    Q, OUT, LSE, STARTS, b, h, block, q_start, query_len, prefix, length, q_tiles, k_tiles, v_tiles, k_full, v_full,
+    k_free, v_free, cleared, tiles, q_token, q_head, out_token, out_head, scale, v_scale, WHICH: gl.constexpr,
+    GROUP: gl.constexpr, HEADS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, HAS_LSE: gl.constexpr,
 ):  # fmt: skip
-    """The eight warps that compute: queries to shared memory, all tiles, the output."""
-    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, 64, 16])
-    flat: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    """One group: its 64 rows of the queries to shared memory, all tiles, the output."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    flat: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     row_layout: gl.constexpr = gl.SliceLayout(1, mma)
-    rows = block * BM + gl.arange(0, BM, gl.SliceLayout(1, flat))
+    first = (block * 2 + WHICH) * ROWS
+    rows = first + gl.arange(0, ROWS, gl.SliceLayout(1, flat))
     token = rows // GROUP
-    column = gl.arange(0, 64, gl.SliceLayout(0, flat))
+    column = gl.arange(0, 128, gl.SliceLayout(0, flat))
     live = token < query_len
     q_at = (q_start + token).to(gl.int64) * q_token + (h * GROUP + rows % GROUP) * q_head
-    q_at = q_at[:, None] + column[None, :]
-    q_s.index(0).store(gl.load(Q + q_at, mask=live[:, None], other=0.0))
-    q_s.index(1).store(gl.load(Q + q_at + 64, mask=live[:, None], other=0.0))
+    q = q_tiles.index(WHICH)
+    q.store(gl.load(Q + q_at[:, None] + column[None, :], mask=live[:, None], other=0.0))
     fence_async_shared()
     gl.thread_barrier()
-    m_rows = block * BM + gl.arange(0, BM, row_layout)
+    m_rows = first + gl.arange(0, ROWS, row_layout)
     last_seen = gl.minimum(prefix + m_rows // GROUP, length - 1)
-    top = gl.full([BM], float("-inf"), gl.float32, row_layout)
-    total = gl.full([BM], 0.0, gl.float32, row_layout)
-    acc0 = warpgroup_mma_init(gl.zeros([BM, 64], gl.float32, mma))
-    acc1 = warpgroup_mma_init(gl.zeros([BM, 64], gl.float32, mma))
-    acc0, acc1, top, total = run_tiles(
-        acc0, acc1, top, total, q_s, k_tiles, v_tiles, k_full, v_full, k_free, v_free, 0, full, length, last_seen,
-        scale,
-        False, BM, BN, STAGES, WARPS, mma,
+    full = gl.minimum(gl.maximum(prefix + first // GROUP + 1, 0) // BN, tiles)
+    top = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
+    total = gl.full([ROWS], 0.0, gl.float32, row_layout)
+    acc = warpgroup_mma_init(gl.zeros([ROWS, 128], gl.float32, mma))
+    mbarrier.wait(k_full.index(0), 0)
+    zero = gl.zeros([ROWS, BN], gl.float32, mma)
+    s = warpgroup_mma(q, k_tiles.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, deps=(s,))
+    gl.thread_barrier()
+    mbarrier.arrive(k_free.index(0), count=1)
+    p, _, top, total = fold(s, top, total, 0, last_seen, scale, True, BN, mma, v_tiles.dtype)
+    mbarrier.wait(k_full.index(1 % STAGES), 1 // STAGES & 1, pred=tiles > 1)
+    full = gl.maximum(full, 1)
+    p, acc, top, total = run_tiles(
+        p, acc, top, total, q, k_tiles, v_tiles, k_full, v_full, k_free, v_free, 1, full, tiles, last_seen,
+        scale, False, BN, STAGES, mma,
     )  # fmt: skip
-    acc0, acc1, top, total = run_tiles(
-        acc0, acc1, top, total, q_s, k_tiles, v_tiles, k_full, v_full, k_free, v_free, full, tiles, length, last_seen,
-        scale,
-        True, BM, BN, STAGES, WARPS, mma,
+    p, acc, top, total = run_tiles(
+        p, acc, top, total, q, k_tiles, v_tiles, k_full, v_full, k_free, v_free, full, tiles, tiles, last_seen,
+        scale, True, BN, STAGES, mma,
     )  # fmt: skip
-    o0, o1 = warpgroup_mma_wait(0, deps=(acc0, acc1))
+    last = tiles - 1
+    mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
+    if tiles * BN > length:
+        if WHICH == 0:
+            clear_tail(v_tiles.index(last % STAGES), length - last * BN, BN)
+            mbarrier.arrive(cleared, count=1)
+        else:
+            mbarrier.wait(cleared, 0)
+    acc = warpgroup_mma(p, v_tiles.index(last % STAGES), acc, is_async=True)
+    o = warpgroup_mma_wait(0, deps=(acc,))
     inverse = v_scale / gl.where(total > 0.0, total, 1.0)
     # Read again, volatile, so that the row offsets are computed again and hold no registers across the loops.
     q_start = gl.load(STARTS + b, volatile=True)
     out_at = (q_start + token).to(gl.int64) * out_token + (h * GROUP + rows % GROUP) * out_head
-    out_at = out_at[:, None] + column[None, :]
-    gl.store(
-        OUT + out_at, gl.convert_layout((o0 * inverse[:, None]).to(OUT.dtype.element_ty), flat), mask=live[:, None]
-    )
-    gl.store(
-        OUT + out_at + 64, gl.convert_layout((o1 * inverse[:, None]).to(OUT.dtype.element_ty), flat), mask=live[:, None]
-    )
+    o = gl.convert_layout((o * inverse[:, None]).to(OUT.dtype.element_ty), flat)
+    gl.store(OUT + out_at[:, None] + column[None, :], o, mask=live[:, None])
     if HAS_LSE:
         base2 = gl.where(total > 0.0, top + gl.log2(gl.where(total > 0.0, total, 1.0)), float("-inf"))
         lse_at = (q_start + m_rows // GROUP) * HEADS + h * GROUP + m_rows % GROUP
@@ -208,7 +229,6 @@ def gluon_extend_kernel(
     BM: gl.constexpr,
     BN: gl.constexpr,
     STAGES: gl.constexpr,
-    WARPS: gl.constexpr,
     PAGE: gl.constexpr,
     BOX: gl.constexpr,
     ROWS_PAGE: gl.constexpr,
@@ -245,28 +265,28 @@ def gluon_extend_kernel(
     BOXES: gl.constexpr = BN // BOX
     if block * BM < query_len * GROUP:
         prefix = length - query_len
-        first_token = block * BM // GROUP
         last_token = gl.minimum((block * BM + BM - 1) // GROUP, query_len - 1)
-        tiles = gl.maximum(prefix + last_token + BN, 0) // BN
-        full = gl.minimum(gl.maximum(prefix + first_token + 1, 0) // BN, tiles)
+        tiles = gl.maximum(prefix + last_token + BN, BN) // BN
         last_page = gl.maximum(length - 1, 0) // PAGE
         page_row = PAGES + b.to(gl.int64) * page_stride
         swizzled: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
         dtype: gl.constexpr = K_POOL.dtype
-        q_s = gl.allocate_shared_memory(dtype, [2, BM, 64], swizzled)
-        k_tiles = gl.allocate_shared_memory(dtype, [2 * STAGES, BN, 64], swizzled)
-        v_tiles = gl.allocate_shared_memory(dtype, [2 * STAGES, BN, 64], swizzled)
+        q_tiles = gl.allocate_shared_memory(dtype, [2, ROWS, 128], swizzled)
+        k_tiles = gl.allocate_shared_memory(dtype, [STAGES, BN, 128], swizzled)
+        v_tiles = gl.allocate_shared_memory(dtype, [STAGES, BN, 128], swizzled)
         k_boxes = k_tiles._reinterpret(dtype, [2 * STAGES * BOXES, BOX, 64], swizzled)
         v_boxes = v_tiles._reinterpret(dtype, [2 * STAGES * BOXES, BOX, 64], swizzled)
         k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        cleared = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
         for stage in gl.static_range(STAGES):
             mbarrier.init(k_full.index(stage), count=1)
             mbarrier.init(v_full.index(stage), count=1)
-            mbarrier.init(k_free.index(stage), count=1)
-            mbarrier.init(v_free.index(stage), count=1)
+            mbarrier.init(k_free.index(stage), count=2)
+            mbarrier.init(v_free.index(stage), count=2)
+        mbarrier.init(cleared, count=1)
         fence_async_shared()
         gl.thread_barrier()
         gl.warp_specialize(
@@ -274,9 +294,17 @@ def gluon_extend_kernel(
                 (
                     consume,
                     (
-                        Q, OUT, LSE, STARTS, b, h, block, q_start, query_len, prefix, length, q_s, k_tiles, v_tiles,
-                        k_full, v_full, k_free, v_free, full, tiles, q_token, q_head, out_token, out_head, scale,
-                        v_scale, GROUP, HKV * GROUP, BM, BN, STAGES, WARPS, HAS_LSE,
+                        Q, OUT, LSE, STARTS, b, h, block, q_start, query_len, prefix, length, q_tiles, k_tiles, v_tiles,
+                        k_full, v_full, k_free, v_free, cleared, tiles, q_token, q_head, out_token, out_head, scale,
+                        v_scale, 0, GROUP, HKV * GROUP, BN, STAGES, HAS_LSE,
+                    ),
+                ),
+                (
+                    consume,
+                    (
+                        Q, OUT, LSE, STARTS, b, h, block, q_start, query_len, prefix, length, q_tiles, k_tiles, v_tiles,
+                        k_full, v_full, k_free, v_free, cleared, tiles, q_token, q_head, out_token, out_head, scale,
+                        v_scale, 1, GROUP, HKV * GROUP, BN, STAGES, HAS_LSE,
                     ),
                 ),
                 (
@@ -287,6 +315,6 @@ def gluon_extend_kernel(
                     ),
                 ),
             ],
-            [1],
-            [24],
+            [4, 1],
+            [240, 24],
         )  # fmt: skip
