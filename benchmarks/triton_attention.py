@@ -60,6 +60,8 @@ VARIANTS: Final[dict[str, Mapping[str, Any]]] = {
     "plain": {"gluon": False},
     "m32w8s3": {"gluon": False, **decode(32, 8, 3, 1)},
     "longest": {"gluon_by_head": False},
+    "stay": {"stay": True},
+    "stay longest": {"stay": True, "gluon_by_head": False},
     "e128x128w8s3l": {"gluon": False, **extend(128, 128, 8, 3, by_head=False)},
     "e128x64w8s3": {"gluon": False, **extend(128, 64, 8, 3)},
     "f128w4s3x2": decode(128, 4, 3, 2),
@@ -71,7 +73,7 @@ FITTING: Final[Mapping[str, tuple[str, ...]]] = {
     "decode": ("table", "device", "stream", "d128w8s3", "d128w4s3", "d64w4s4", "d64w4s3"),
     "mixed": ("table", "d64w4s2x3", "d64w4s3x3", "d128w4s2x2", "d64w4s4x2"),
     "mla": ("table", "device", "plain"),
-    "extend": ("table", "longest", "plain"),
+    "extend": ("table", "stay", "stay longest", "plain"),
     "fp8": ("table", "f128w4s3x2", "f128w8s3x2", "f64w4s4x3"),
 }
 

@@ -98,7 +98,7 @@ class ExtendKernels:
         kind, geometry = layer.kind, layer.kind.geometry
         if not self._invariant and hopper_extend.takes(self.chip, kind, rows):
             blocks, tile_map = self._blocks(rows, hopper_extend.TILE, geometry.group, captured=captured)
-            return hopper_extend.bind(self._launchers, rows, blocks, tile_map, layer, q, out, lse)
+            return hopper_extend.bind(self.chip, self._launchers, rows, blocks, tile_map, layer, q, out, lse)
         most_rows = 1 if self._invariant else rows.max_query_len * geometry.group
         tile = extend_tile(self.chip, geometry, most_rows, tree=rows.tree is not None)
         blocks, tile_map = self._blocks(rows, tile, geometry.group, captured=captured)

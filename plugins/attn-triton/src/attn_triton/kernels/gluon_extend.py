@@ -1,208 +1,130 @@
-"""Extend attention for Hopper in Gluon: one producer warp brings pages by the copy engine, two groups of four warps
-compute.
+"""Extend attention for Hopper in Gluon: which rows a program takes, its shared memory, and its roles (gluon_rows.py).
 
-A program holds 2 x 64 query rows, (token, head of a KV head's group), and walks tiles of BN keys, which both groups
-read. A tile is BN / BOX boxes of BOX tokens, which lie in one page each, times two halves of the 128-wide head; all of
-them land in one swizzled tile of shared memory. A group issues the scores of tile i, then the values of tile i - 1, and
-does the softmax of the one while the tensor cores work on the other; the two groups never wait for each other but
-through the tiles.
-
-Barriers, one a stage each: keys full, values full (copy engine -> groups); keys free, values free (both groups ->
-producer). One more says that group 0 has cleared what lies behind a sequence.
+STAY: there are as many programs as multiprocessors, and each takes row blocks until none is left. Its producer takes
+the next one and asks for its keys while the groups are busy with the one before; it says which through two slots, with
+barriers of their own. Stages are counted on over all row blocks of a program.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_init,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-ROWS: gl.constexpr = gl.constexpr(64)
+from attn_triton.kernels.gluon_rows import ROWS, consume, produce
 
 
 @gluon.jit
-def row_of(page_row, key, last_page, first_row, PAGE: gl.constexpr, ROWS_PAGE: gl.constexpr):
-    """The row of a pool in which the box with token ``key`` begins; past the end, of the last page."""
-    return gl.load(page_row + gl.minimum(key // PAGE, last_page)) * ROWS_PAGE + key % PAGE + first_row
-
-
-@gluon.jit
-def rows_of(
-    page_row,
-    key,
-    last_page,
-    first_row,
-    BOXES: gl.constexpr,
-    BOX: gl.constexpr,
-    PAGE: gl.constexpr,
-    ROWS_PAGE: gl.constexpr,
-):
-    """The rows of the boxes of a tile, as a tuple of BOXES, so that their loads are under way together."""
-    rows = (row_of(page_row, key, last_page, first_row, PAGE, ROWS_PAGE),)
-    for j in gl.static_range(1, BOXES):
-        one = row_of(page_row, key + j * BOX, last_page, first_row, PAGE, ROWS_PAGE)
-        rows = rows + (one,)  # type: ignore[assignment]  # noqa: RUF005
-    return rows
-
-
-@gluon.jit
-def ask(POOL, rows, column, bar, tiles, first, BOXES: gl.constexpr, BOX: gl.constexpr):
-    """Ask for one tile: each box in two halves of 64 columns, the halves of the head outermost in ``tiles``."""
-    mbarrier.expect(bar, BOXES * BOX * 128 * 2)
-    for j in gl.static_range(BOXES):
-        for half in gl.static_range(2):
-            tma.async_copy_global_to_shared(
-                POOL, [rows[j], column + half * 64], bar, tiles.index(first + half * BOXES + j)
-            )
-
-
-@gluon.jit
-def produce(
-    K_POOL, V_POOL, page_row, k_boxes, v_boxes, k_full, v_full, k_free, v_free, tiles, last_page, first_row, column,
-    BOXES: gl.constexpr, BOX: gl.constexpr, BN: gl.constexpr, PAGE: gl.constexpr, ROWS_PAGE: gl.constexpr,
-    STAGES: gl.constexpr,
+def place_of(
+    item, STARTS, LENGTHS, TILE_MAP, batch, blocks, HKV: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr,
+    BN: gl.constexpr, MAPPED: gl.constexpr, BY_HEAD: gl.constexpr,
 ):  # fmt: skip
-    """The producer warp: pages of every tile, keys before values."""
-    for i in range(0, tiles):
-        stage = i % STAGES
-        phase = (i // STAGES) & 1
-        rows = rows_of(page_row, i * BN, last_page, first_row, BOXES, BOX, PAGE, ROWS_PAGE)
-        mbarrier.wait(k_free.index(stage), phase ^ 1)
-        ask(K_POOL, rows, column, k_full.index(stage), k_boxes, 2 * BOXES * stage, BOXES, BOX)
-        mbarrier.wait(v_free.index(stage), phase ^ 1)
-        ask(V_POOL, rows, column, v_full.index(stage), v_boxes, 2 * BOXES * stage, BOXES, BOX)
-
-
-@gluon.jit
-def clear_tail(tile, rows, BN: gl.constexpr):
-    """Zero the values from ``rows`` on: behind a sequence lies anything, and 0 * NaN would be NaN."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    r = gl.arange(0, BN, gl.SliceLayout(1, layout))
-    x = tile.load(layout)
-    tile.store(gl.where((r < rows)[:, None], x, gl.zeros_like(x)))
-    fence_async_shared()
-    gl.thread_barrier()
-
-
-@gluon.jit
-def fold(
-    s, top, total, i, last_seen, scale, MASKED: gl.constexpr, BN: gl.constexpr, mma: gl.constexpr, dtype: gl.constexpr
-):
-    """The scores of tile ``i`` into the running softmax: probabilities as an operand, and the factor on what was
-    before.
+    """Which row block the ``item``-th is, and what it needs: request, KV head, block, first query, queries, keys, tiles
+    (0: it has no rows).
     """
-    if MASKED:
-        n = i * BN + gl.arange(0, BN, gl.SliceLayout(0, mma))
-        s = gl.where(n[None, :] <= last_seen[:, None], s, float("-inf"))
-    new_top = gl.maximum(top, gl.max(s, 1) * scale)
-    p = gl.exp2(s * scale - new_top[:, None])
-    factor = gl.exp2(top - new_top)
-    total = total * factor + gl.sum(p, 1)
-    return gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, mma, 2)), factor, new_top, total
-
-
-@gluon.jit
-def run_tiles(
-    p, acc, top, total, q, k_tiles, v_tiles, k_full, v_full, k_free, v_free, begin, end, tiles, last_seen,
-    scale, MASKED: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr,
-):  # fmt: skip
-    """Tiles ``begin``..``end`` (begin > 0) of ``tiles``. ``p`` are the probabilities of the tile before, whose values
-    are not in ``acc`` yet. The keys of the first tile are here; so will be those of tile ``end``.
-    """
-    for i in range(begin, end):
-        stage = i % STAGES
-        before = (i - 1) % STAGES
-        zero = gl.zeros([ROWS, BN], gl.float32, mma)
-        s = warpgroup_mma(q, k_tiles.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-        mbarrier.wait(v_full.index(before), ((i - 1) // STAGES) & 1)
-        acc = warpgroup_mma(p, v_tiles.index(before), acc, is_async=True)
-        s = warpgroup_mma_wait(1, deps=(s,))
-        gl.thread_barrier()
-        mbarrier.arrive(k_free.index(stage), count=1)
-        p, factor, top, total = fold(s, top, total, i, last_seen, scale, MASKED, BN, mma, v_tiles.dtype)
-        # A wait is a branch, over which ptxas does not pull the wait for the values: it would come before the softmax.
-        mbarrier.wait(k_full.index((i + 1) % STAGES), ((i + 1) // STAGES) & 1, pred=i + 1 < tiles)
-        a = warpgroup_mma_wait(0, deps=(acc,))
-        gl.thread_barrier()
-        mbarrier.arrive(v_free.index(before), count=1)
-        acc = warpgroup_mma_init(a * factor[:, None])
-    return p, acc, top, total
-
-
-@gluon.jit
-def consume(
-    Q, OUT, LSE, STARTS, b, h, block, q_start, query_len, prefix, length, q_tiles, k_tiles, v_tiles, k_full, v_full,
-    k_free, v_free, cleared, tiles, q_token, q_head, out_token, out_head, scale, v_scale, WHICH: gl.constexpr,
-    GROUP: gl.constexpr, HEADS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, HAS_LSE: gl.constexpr,
-):  # fmt: skip
-    """One group: its 64 rows of the queries to shared memory, all tiles, the output."""
-    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
-    flat: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    row_layout: gl.constexpr = gl.SliceLayout(1, mma)
-    first = (block * 2 + WHICH) * ROWS
-    rows = first + gl.arange(0, ROWS, gl.SliceLayout(1, flat))
-    token = rows // GROUP
-    column = gl.arange(0, 128, gl.SliceLayout(0, flat))
-    live = token < query_len
-    q_at = (q_start + token).to(gl.int64) * q_token + (h * GROUP + rows % GROUP) * q_head
-    q = q_tiles.index(WHICH)
-    q.store(gl.load(Q + q_at[:, None] + column[None, :], mask=live[:, None], other=0.0))
-    fence_async_shared()
-    gl.thread_barrier()
-    m_rows = first + gl.arange(0, ROWS, row_layout)
-    last_seen = gl.minimum(prefix + m_rows // GROUP, length - 1)
-    full = gl.minimum(gl.maximum(prefix + first // GROUP + 1, 0) // BN, tiles)
-    top = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
-    total = gl.full([ROWS], 0.0, gl.float32, row_layout)
-    acc = warpgroup_mma_init(gl.zeros([ROWS, 128], gl.float32, mma))
-    mbarrier.wait(k_full.index(0), 0)
-    zero = gl.zeros([ROWS, BN], gl.float32, mma)
-    s = warpgroup_mma(q, k_tiles.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(0, deps=(s,))
-    gl.thread_barrier()
-    mbarrier.arrive(k_free.index(0), count=1)
-    p, _, top, total = fold(s, top, total, 0, last_seen, scale, True, BN, mma, v_tiles.dtype)
-    mbarrier.wait(k_full.index(1 % STAGES), 1 // STAGES & 1, pred=tiles > 1)
-    full = gl.maximum(full, 1)
-    p, acc, top, total = run_tiles(
-        p, acc, top, total, q, k_tiles, v_tiles, k_full, v_full, k_free, v_free, 1, full, tiles, last_seen,
-        scale, False, BN, STAGES, mma,
-    )  # fmt: skip
-    p, acc, top, total = run_tiles(
-        p, acc, top, total, q, k_tiles, v_tiles, k_full, v_full, k_free, v_free, full, tiles, tiles, last_seen,
-        scale, True, BN, STAGES, mma,
-    )  # fmt: skip
-    last = tiles - 1
-    mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
-    if tiles * BN > length:
-        if WHICH == 0:
-            clear_tail(v_tiles.index(last % STAGES), length - last * BN, BN)
-            mbarrier.arrive(cleared, count=1)
+    if MAPPED:
+        if BY_HEAD:
+            h = item // blocks
+            entry = item % blocks
         else:
-            mbarrier.wait(cleared, 0)
-    acc = warpgroup_mma(p, v_tiles.index(last % STAGES), acc, is_async=True)
-    o = warpgroup_mma_wait(0, deps=(acc,))
-    inverse = v_scale / gl.where(total > 0.0, total, 1.0)
-    # Read again, volatile, so that the row offsets are computed again and hold no registers across the loops.
-    q_start = gl.load(STARTS + b, volatile=True)
-    out_at = (q_start + token).to(gl.int64) * out_token + (h * GROUP + rows % GROUP) * out_head
-    o = gl.convert_layout((o * inverse[:, None]).to(OUT.dtype.element_ty), flat)
-    gl.store(OUT + out_at[:, None] + column[None, :], o, mask=live[:, None])
-    if HAS_LSE:
-        base2 = gl.where(total > 0.0, top + gl.log2(gl.where(total > 0.0, total, 1.0)), float("-inf"))
-        lse_at = (q_start + m_rows // GROUP) * HEADS + h * GROUP + m_rows % GROUP
-        gl.store(LSE + lse_at, base2 * 0.6931471805599453, mask=m_rows // GROUP < query_len)
+            h = item % HKV
+            entry = item // HKV
+        b = gl.load(TILE_MAP + 2 * entry)
+        block = gl.load(TILE_MAP + 2 * entry + 1)
+    elif BY_HEAD:
+        block = blocks - 1 - item % blocks
+        h = item // blocks % HKV
+        b = item // (blocks * HKV)
+    else:
+        block = blocks - 1 - item // (batch * HKV)
+        h = item % HKV
+        b = item % (batch * HKV) // HKV
+    q_start = gl.load(STARTS + b)
+    query_len = gl.load(STARTS + b + 1) - q_start
+    length = gl.load(LENGTHS + b)
+    last_token = gl.minimum((block * BM + BM - 1) // GROUP, query_len - 1)
+    tiles = gl.maximum(length - query_len + last_token + BN, BN) // BN
+    if block * BM >= query_len * GROUP:
+        tiles = 0
+    return b, h, block, q_start, query_len, length, tiles
+
+
+@gluon.jit
+def keep_producing(
+    K_POOL, V_POOL, PAGES, LENGTHS, STARTS, TILE_MAP, TAKEN, items, batch, blocks, page_stride, k_boxes, v_boxes,
+    k_full,
+    v_full, k_free, v_free, slots, told, heard, HKV: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr,
+    BN: gl.constexpr, STAGES: gl.constexpr, BOX: gl.constexpr, PAGE: gl.constexpr, ROWS_PAGE: gl.constexpr,
+    ROWS_HEAD: gl.constexpr, COLUMNS_HEAD: gl.constexpr, MAPPED: gl.constexpr, BY_HEAD: gl.constexpr,
+):  # fmt: skip
+    """The producer warp of a program that stays: takes row blocks, tells the groups, asks for their tiles. TAKEN [2]:
+    row blocks taken beyond the first of each program, and programs that are through; both are 0 again at the end.
+    """
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    item = gl.program_id(0)
+    count = 0
+    turn = 0
+    more = item >= 0
+    while more:
+        mbarrier.wait(heard.index(turn % 2), ((turn // 2) & 1) ^ 1)
+        slots.index(turn % 2).store(gl.full([1], item, gl.int32, one))
+        gl.thread_barrier()
+        mbarrier.arrive(told.index(turn % 2), count=1)
+        turn += 1
+        more = item < items
+        if more:
+            b, h, _, _, _, length, tiles = place_of(
+                item, STARTS, LENGTHS, TILE_MAP, batch, blocks, HKV, GROUP, BM, BN, MAPPED, BY_HEAD
+            )
+            produce(
+                K_POOL, V_POOL, PAGES + b.to(gl.int64) * page_stride, k_boxes, v_boxes, k_full, v_full, k_free, v_free,
+                count, tiles, gl.maximum(length - 1, 0) // PAGE, h * ROWS_HEAD, h * COLUMNS_HEAD, BN // BOX, BOX, BN,
+                PAGE, ROWS_PAGE, STAGES,
+            )  # fmt: skip
+            count += tiles
+            item = gl.num_programs(0) + gl.atomic_add(TAKEN, 1)
+    through = gl.atomic_add(TAKEN + 1, 1)
+    if through == gl.num_programs(0) - 1:
+        gl.store(TAKEN, 0)
+        gl.store(TAKEN + 1, 0)
+
+
+@gluon.jit
+def keep_consuming(
+    Q, OUT, LSE, STARTS, LENGTHS, TILE_MAP, items, batch, blocks, q_tiles, k_tiles, v_tiles, k_full, v_full, k_free,
+    v_free, cleared, slots, told, heard, q_token, q_head, out_token, out_head, scale, v_scale, WHICH: gl.constexpr,
+    HKV: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    MAPPED: gl.constexpr, BY_HEAD: gl.constexpr, HAS_LSE: gl.constexpr,
+):  # fmt: skip
+    """One group of a program that stays: the row blocks that its producer takes."""
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    count = 0
+    tails = 0
+    turn = 0
+    more = items > 0
+    while more:
+        mbarrier.wait(told.index(turn % 2), (turn // 2) & 1)
+        item = gl.max(slots.index(turn % 2).load(one), 0)
+        gl.thread_barrier()
+        mbarrier.arrive(heard.index(turn % 2), count=1)
+        turn += 1
+        more = item < items
+        if more:
+            b, h, block, q_start, query_len, length, tiles = place_of(
+                item, STARTS, LENGTHS, TILE_MAP, batch, blocks, HKV, GROUP, BM, BN, MAPPED, BY_HEAD
+            )
+            if tiles > 0:
+                consume(
+                    Q, OUT, LSE, STARTS, b, h, block, q_start, query_len, length - query_len, length, q_tiles, k_tiles,
+                    v_tiles, k_full, v_full, k_free, v_free, cleared, count, tails, tiles, q_token, q_head, out_token,
+                    out_head, scale, v_scale, WHICH, GROUP, HKV * GROUP, BN, STAGES, HAS_LSE, True,
+                )  # fmt: skip
+                count += tiles
+                tails += (tiles * BN > length).to(gl.int32)
 
 
 @gluon.jit(
     do_not_specialize=[
-        "K_POOL", "V_POOL", "batch", "blocks", "q_token", "q_head", "out_token", "out_head", "page_stride", "scale",
-        "v_scale",
+        "K_POOL", "V_POOL", "items", "batch", "blocks", "q_token", "q_head", "out_token", "out_head", "page_stride",
+        "scale", "v_scale",
     ]
 )  # fmt: skip
 def gluon_extend_kernel(
@@ -215,6 +137,8 @@ def gluon_extend_kernel(
     OUT,
     LSE,
     TILE_MAP,
+    TAKEN,
+    items,
     batch,
     blocks,
     q_token,
@@ -237,38 +161,16 @@ def gluon_extend_kernel(
     MAPPED: gl.constexpr,
     BY_HEAD: gl.constexpr,
     HAS_LSE: gl.constexpr,
+    STAY: gl.constexpr,
 ):
     """Grid as that of kernels/extend.py. A pool is rows of 128: token t of page p for head h is row
     p * ROWS_PAGE + h * ROWS_HEAD + t, from column h * COLUMNS_HEAD on, read in boxes [BOX, 64] that lie in one page.
     """
-    pid = gl.program_id(0)
-    if MAPPED:
-        if BY_HEAD:
-            h = pid // blocks
-            entry = pid % blocks
-        else:
-            h = pid % HKV
-            entry = pid // HKV
-        b = gl.load(TILE_MAP + 2 * entry)
-        block = gl.load(TILE_MAP + 2 * entry + 1)
-    elif BY_HEAD:
-        block = blocks - 1 - pid % blocks
-        h = pid // blocks % HKV
-        b = pid // (blocks * HKV)
-    else:
-        block = blocks - 1 - pid // (batch * HKV)
-        h = pid % HKV
-        b = pid % (batch * HKV) // HKV
-    q_start = gl.load(STARTS + b)
-    query_len = gl.load(STARTS + b + 1) - q_start
-    length = gl.load(LENGTHS + b)
+    b, h, block, q_start, query_len, length, tiles = place_of(
+        gl.program_id(0), STARTS, LENGTHS, TILE_MAP, batch, blocks, HKV, GROUP, BM, BN, MAPPED, BY_HEAD
+    )
     BOXES: gl.constexpr = BN // BOX
-    if block * BM < query_len * GROUP:
-        prefix = length - query_len
-        last_token = gl.minimum((block * BM + BM - 1) // GROUP, query_len - 1)
-        tiles = gl.maximum(prefix + last_token + BN, BN) // BN
-        last_page = gl.maximum(length - 1, 0) // PAGE
-        page_row = PAGES + b.to(gl.int64) * page_stride
+    if STAY or tiles > 0:
         swizzled: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
         dtype: gl.constexpr = K_POOL.dtype
         q_tiles = gl.allocate_shared_memory(dtype, [2, ROWS, 128], swizzled)
@@ -280,41 +182,92 @@ def gluon_extend_kernel(
         v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        cleared = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        cleared = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         for stage in gl.static_range(STAGES):
             mbarrier.init(k_full.index(stage), count=1)
             mbarrier.init(v_full.index(stage), count=1)
             mbarrier.init(k_free.index(stage), count=2)
             mbarrier.init(v_free.index(stage), count=2)
-        mbarrier.init(cleared, count=1)
-        fence_async_shared()
-        gl.thread_barrier()
-        gl.warp_specialize(
-            [
-                (
-                    consume,
+        for turn in gl.static_range(2):
+            mbarrier.init(cleared.index(turn), count=1)
+        if STAY:
+            slots = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+            told = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+            heard = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+            for slot in gl.static_range(2):
+                mbarrier.init(told.index(slot), count=1)
+                mbarrier.init(heard.index(slot), count=2)
+            fence_async_shared()
+            gl.thread_barrier()
+            gl.warp_specialize(
+                [
                     (
-                        Q, OUT, LSE, STARTS, b, h, block, q_start, query_len, prefix, length, q_tiles, k_tiles, v_tiles,
-                        k_full, v_full, k_free, v_free, cleared, tiles, q_token, q_head, out_token, out_head, scale,
-                        v_scale, 0, GROUP, HKV * GROUP, BN, STAGES, HAS_LSE,
+                        keep_consuming,
+                        (
+                            Q, OUT, LSE, STARTS, LENGTHS, TILE_MAP, items, batch, blocks, q_tiles, k_tiles, v_tiles,
+                            k_full,
+                            v_full, k_free, v_free, cleared, slots, told, heard, q_token, q_head, out_token, out_head,
+                            scale,
+                            v_scale, 0, HKV, GROUP, BM, BN, STAGES, MAPPED, BY_HEAD, HAS_LSE,
+                        ),
                     ),
-                ),
-                (
-                    consume,
                     (
-                        Q, OUT, LSE, STARTS, b, h, block, q_start, query_len, prefix, length, q_tiles, k_tiles, v_tiles,
-                        k_full, v_full, k_free, v_free, cleared, tiles, q_token, q_head, out_token, out_head, scale,
-                        v_scale, 1, GROUP, HKV * GROUP, BN, STAGES, HAS_LSE,
+                        keep_consuming,
+                        (
+                            Q, OUT, LSE, STARTS, LENGTHS, TILE_MAP, items, batch, blocks, q_tiles, k_tiles, v_tiles,
+                            k_full,
+                            v_full, k_free, v_free, cleared, slots, told, heard, q_token, q_head, out_token, out_head,
+                            scale,
+                            v_scale, 1, HKV, GROUP, BM, BN, STAGES, MAPPED, BY_HEAD, HAS_LSE,
+                        ),
                     ),
-                ),
-                (
-                    produce,
                     (
-                        K_POOL, V_POOL, page_row, k_boxes, v_boxes, k_full, v_full, k_free, v_free, tiles, last_page,
-                        h * ROWS_HEAD, h * COLUMNS_HEAD, BOXES, BOX, BN, PAGE, ROWS_PAGE, STAGES,
+                        keep_producing,
+                        (
+                            K_POOL, V_POOL, PAGES, LENGTHS, STARTS, TILE_MAP, TAKEN, items, batch, blocks, page_stride,
+                            k_boxes, v_boxes, k_full, v_full, k_free, v_free, slots, told, heard, HKV, GROUP, BM, BN,
+                            STAGES,
+                            BOX, PAGE, ROWS_PAGE, ROWS_HEAD, COLUMNS_HEAD, MAPPED, BY_HEAD,
+                        ),
                     ),
-                ),
-            ],
-            [4, 1],
-            [240, 24],
-        )  # fmt: skip
+                ],
+                [4, 1],
+                [240, 24],
+            )  # fmt: skip
+        else:
+            fence_async_shared()
+            gl.thread_barrier()
+            prefix = length - query_len
+            page_row = PAGES + b.to(gl.int64) * page_stride
+            gl.warp_specialize(
+                [
+                    (
+                        consume,
+                        (
+                            Q, OUT, LSE, STARTS, b, h, block, q_start, query_len, prefix, length, q_tiles, k_tiles,
+                            v_tiles,
+                            k_full, v_full, k_free, v_free, cleared, 0, 0, tiles, q_token, q_head, out_token, out_head,
+                            scale, v_scale, 0, GROUP, HKV * GROUP, BN, STAGES, HAS_LSE, False,
+                        ),
+                    ),
+                    (
+                        consume,
+                        (
+                            Q, OUT, LSE, STARTS, b, h, block, q_start, query_len, prefix, length, q_tiles, k_tiles,
+                            v_tiles,
+                            k_full, v_full, k_free, v_free, cleared, 0, 0, tiles, q_token, q_head, out_token, out_head,
+                            scale, v_scale, 1, GROUP, HKV * GROUP, BN, STAGES, HAS_LSE, False,
+                        ),
+                    ),
+                    (
+                        produce,
+                        (
+                            K_POOL, V_POOL, page_row, k_boxes, v_boxes, k_full, v_full, k_free, v_free, 0, tiles,
+                            gl.maximum(length - 1, 0) // PAGE, h * ROWS_HEAD, h * COLUMNS_HEAD, BOXES, BOX, BN, PAGE,
+                            ROWS_PAGE, STAGES,
+                        ),
+                    ),
+                ],
+                [4, 1],
+                [240, 24],
+            )  # fmt: skip

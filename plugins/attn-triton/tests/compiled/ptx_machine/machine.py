@@ -48,6 +48,7 @@ class Machine:
         for y in range(grid[1]):
             for x in range(grid[0]):
                 block = self._block(x, y, params, memory, descriptors)
+                block.registers["%nctaid.x"][:] = grid[0]
                 with np.errstate(all="ignore"):
                     Walk(self.program.instructions, self._steps, block).run()
 

@@ -30,7 +30,7 @@ def step_of(name: str, parts: tuple[str, ...], operands: tuple[Operand, ...]) ->
         return _parameter(parts, operands)
     maker = {
         "mov": _move, "ld": _load, "st": _store, "shfl": _shuffle, "redux": _reduce, "ldmatrix": _load_matrices,
-        "stmatrix": _store_matrices, "mma": _warp_product,
+        "stmatrix": _store_matrices, "mma": _warp_product, "atom": _atomic,
     }.get(name)  # fmt: skip
     return None if maker is None else maker(parts, operands)
 
@@ -132,6 +132,25 @@ def _store(parts: tuple[str, ...], operands: tuple[Operand, ...]) -> Step:
                 block.shared.store(addresses + i * width, values, np.flatnonzero(active) // 32)
             else:
                 block.memory.store(addresses + i * width, values)
+
+    return run
+
+
+def _atomic(parts: tuple[str, ...], operands: tuple[Operand, ...]) -> Step:
+    """An addition to global memory, one thread after the other."""
+    assert "global" in parts, parts
+    assert parts[-2:] == ("add", "u32"), parts
+    target, at, amount = operands
+    assert isinstance(target, Register)
+
+    def run(block: Block, active: Mask) -> None:
+        amounts = np.broadcast_to(block.read(amount, "u32"), active.shape)[active]
+        before = []
+        for address, more in zip(block.addresses(at, active), amounts, strict=True):
+            place = np.asarray([address])
+            before.append(block.memory.load(place, 4)[0])
+            block.memory.store(place, np.asarray([before[-1] + more], np.uint32))
+        block.registers[target.name][active] = before
 
     return run
 

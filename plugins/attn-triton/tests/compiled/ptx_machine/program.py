@@ -97,7 +97,7 @@ class _Reader:
     def __init__(self, files: dict[str, str]) -> None:
         self.files = files
         self.instructions: list[Instruction] = []
-        self.widths: dict[str, int] = {"%tid.x": 32, "%ctaid.x": 32, "%ctaid.y": 32}
+        self.widths: dict[str, int] = {"%tid.x": 32, "%ctaid.x": 32, "%ctaid.y": 32, "%nctaid.x": 32}
         #: by scope and name: inline assembly has labels of its own
         self._labels: dict[tuple[int, str], int] = {}
         self._jumps: list[tuple[Instruction, str, tuple[int, ...]]] = []
