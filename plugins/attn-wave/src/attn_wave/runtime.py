@@ -88,7 +88,7 @@ def _wave_runtime() -> Any:
         raise PluginLoadError(
             f"Wave's runtime cannot be used: {error}",
             accepted="wave-lang with its runtime, and ROCm's libamdhip64",
-            hint="attn doctor shows what is missing; attn verify wave --device emulated:gfx942 needs neither",
+            hint="the loader must find them (LD_LIBRARY_PATH); attn verify wave --device emulated:gfx942 needs neither",
         ) from error
     return wave_runtime
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from attn_core.cli.generate import command
-from attn_core.generate import session
 from attn_core.generate.model import PagedModel
 from attn_wave import attending
-from attn_wave.emulator.device import Gfx942
 from click.testing import CliRunner
 from torch import Tensor
 
@@ -36,14 +34,6 @@ PROMPTS = ["the same words, then one", "the same words, then another, longer"]
 PAGE = 16
 
 
-@pytest.fixture(autouse=True)
-def on_the_emulated_chip(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The command plans for the emulated chip, and puts its tensors where that is emulated."""
-    with Gfx942() as chip:
-        monkeypatch.setattr(session, "pick_device", lambda name: ("cpu", chip.system()))
-        yield
-
-
 def folder_of(name: str, folder: Path) -> Any:
     """The model, saved to ``folder`` with a tokenizer whose tokens are bytes."""
     torch.manual_seed(0)
@@ -62,7 +52,8 @@ def folder_of(name: str, folder: Path) -> Any:
 def generate(folder: Path, *options: str) -> dict[str, Any]:
     arguments = ["--model", str(folder), "--attention-backend", "wave", "--dtype", "float16", "--raw", "--json"]
     sizes = ["--max-new-tokens", "4", "--max-batch-tokens", "40", "--cache-mib", "16", "--page-size", str(PAGE)]
-    result = CliRunner().invoke(command, [*PROMPTS, *arguments, *sizes, "--fallback", "error", *options])
+    place = ["--device", "emulated:gfx942", "--fallback", "error"]
+    result = CliRunner().invoke(command, [*PROMPTS, *arguments, *sizes, *place, *options])
     assert result.exit_code == 0, result.output
     found: dict[str, Any] = json.loads(result.stdout)
     return found
