@@ -1,8 +1,10 @@
 """What the transformers adapter adds to a decode step: the same model over its own attention and cache, and over ours.
 
-    python benchmarks/engines_transformers.py [--rounds N]
+    python benchmarks/engines_transformers.py [--rounds N] [--write]
 
-Each step decodes one token of one request of 200 tokens on one thread, in CPU time (the best of interleaved rounds).
+Each step decodes one token of one request of 200 tokens on one thread, in CPU time: the mean of 32 steps after 16 that
+are not counted (making a cache leaves the processor's own caches cold for either way), the best of interleaved rounds.
+Pages hold 16 tokens, so that two of the steps counted take a new one.
 `sdpa` is transformers' own function over its DynamicCache, `attn` ours over a PagedCache. `adapter` is the same two
 steps with the attention taken out of both (a backend, and a function, that give an output which is there already),
 ours less theirs, as a share of transformers' step: what masks, caches, batches and calls cost more. What is left of
@@ -14,11 +16,14 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as hf
+from attn_core.bench.results import Results, Row, device_slug
 from attn_core.engines.transformers import PagedCache, register
+from attn_core.testing.devices import device_name
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 BASE = {"vocab_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
@@ -31,15 +36,20 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }  # fmt: skip
-PROMPT, STEPS = 200, 12
+#: what `compare` gives, as rows of results
+WAYS = ("transformers:sdpa", "attn", "transformers, attention taken out", "attn, attention taken out")
+#: how many times the rounds of the largest: differences of microseconds need more
+MORE = {"2 layers of 64": 50, "12 layers of 256": 3, "SmolLM2-135M's": 1}
+PROMPT, WARM_UP, STEPS = 200, 16, 32
 
 
 def step(model: Any, implementation: str, cache: Any) -> float:
-    """CPU seconds of a step: the mean of STEPS after a prompt and a first step."""
+    """CPU seconds of a step: the mean of STEPS after a prompt and WARM_UP others."""
     model.set_attn_implementation(implementation)
     token = torch.tensor([[7]])
     model(torch.randint(5, 250, (1, PROMPT)), past_key_values=cache)
-    model(token, past_key_values=cache)
+    for _ in range(WARM_UP):
+        model(token, past_key_values=cache)
     start = time.thread_time()
     for _ in range(STEPS):
         model(token, past_key_values=cache)
@@ -49,7 +59,7 @@ def step(model: Any, implementation: str, cache: Any) -> float:
 def without_attention(model: Any) -> Any:
     """A PagedCache whose backend has nothing to do."""
     model.set_attn_implementation("attn")
-    cache = PagedCache(model, max_batch_size=1, max_seq_len=PROMPT + STEPS + 1)
+    cache = PagedCache(model, max_batch_size=1, max_seq_len=PROMPT + WARM_UP + STEPS)
     outputs = {n: torch.zeros(n, *heads(model)) for n in (1, PROMPT)}
     cache.backend.init_forward_metadata = lambda batch: None  # type: ignore[method-assign]
     for name in ("forward_decode", "forward_extend"):
@@ -78,7 +88,7 @@ def compare(config: dict[str, Any], rounds: int) -> list[float]:
     _nothing.clear()
     ways: list[tuple[str, Callable[[], Any]]] = [
         ("sdpa", lambda: hf.DynamicCache(config=model.config)),
-        ("attn", lambda: PagedCache(model, max_batch_size=1, max_seq_len=PROMPT + STEPS + 1)),
+        ("attn", lambda: PagedCache(model, max_batch_size=1, max_seq_len=PROMPT + WARM_UP + STEPS)),
         ("nothing", lambda: hf.DynamicCache(config=model.config)),
         ("attn", lambda: without_attention(model)),
     ]
@@ -92,17 +102,25 @@ def compare(config: dict[str, Any], rounds: int) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--rounds", type=int, default=2, help="of the largest model; small ones have MORE")
+    parser.add_argument("--write", action="store_true", help="benchmarks/results/DEVICE/engines_transformers.json")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     register()
     hf.AttentionInterface.register("nothing", nothing)
     hf.AttentionMaskInterface.register("nothing", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     print(f"{'model':18} {'sdpa':>8} {'attn':>8} {'adapter':>8} {'share':>7}   (milliseconds of CPU for a step)")
+    rows: list[Row] = []
     for name, config in MODELS.items():
-        theirs, ours, their_rest, our_rest = compare(config, rounds)
+        theirs, ours, their_rest, our_rest = best = compare(config, options.rounds * MORE[name])
+        rows += [Row("decode step", name, way, round(1e3 * s, 4)) for way, s in zip(WAYS, best, strict=True)]
         cells = " ".join(f"{seconds * 1e3:8.3f}" for seconds in (theirs, ours, our_rest - their_rest))
         print(f"{name:18} {cells} {(our_rest - their_rest) / theirs:7.1%}")
+    if options.write:
+        versions = {"torch": torch.__version__, "transformers": hf.__version__, "threads": "1"}
+        found = Results(device_name("cpu"), versions, tuple(rows))
+        path = Path(__file__).parent / "results" / device_slug(found.device) / "engines_transformers.json"
+        print(f"written to {found.write(path).relative_to(Path(__file__).parent.parent)}")
 
 
 if __name__ == "__main__":

@@ -47,12 +47,17 @@ class PlannedLayers:
         self.config = config
         self.called: set[int] = set()
         self._layers: dict[int, AttentionLayer] = {}
+        #: what each layer was last found to agree with, so that a step need not compare it again
+        self._agreed: dict[int, tuple[float, int | None, float]] = {}
 
     def layer(
         self, layer_id: int, *, scale: float, sliding_window: int | None, softcap: float, sinks: Tensor | None
     ) -> AttentionLayer:
         """The planned layer. Raises ConfigError where the model asks for anything else than the plan has."""
         planned = self._layers.get(layer_id)
+        asked = scale, sliding_window, softcap
+        if planned is not None and planned.sinks is sinks and self._agreed.get(layer_id) == asked:
+            return planned
         if planned is None or planned.sinks is not sinks:
             planned = AttentionLayer.of_kind(self.config.kind_of(layer_id), layer_id, sinks=sinks)
             self._layers[layer_id] = planned
@@ -62,14 +67,15 @@ class PlannedLayers:
             ("sliding_window", sliding_window, planned.sliding_window, self._same_window(sliding_window, planned)),
             ("softcap", softcap, planned.softcap, softcap == planned.softcap),
         )
-        for name, asked, have, same in facts:
+        for name, wants, have, same in facts:
             if not same:
                 raise ConfigError(
-                    f"layer {layer_id}: the model's code asks for {name} {asked}, the plan has {have}",
-                    given=asked,
+                    f"layer {layer_id}: the model's code asks for {name} {wants}, the plan has {have}",
+                    given=wants,
                     accepted=have if have is None else str(have),
                     hint="the config.json and the model's code disagree; plan with the layer kinds that the code has",
                 )
+        self._agreed[layer_id] = asked
         return planned
 
     def check_all_called(self, without: frozenset[int] = frozenset()) -> None:
@@ -147,6 +153,8 @@ def register() -> None:
 def refuse_unknown(module: nn.Module, mask: Tensor | None, dropout: float, others: dict[str, Any]) -> None:
     """Raise ConfigError for an argument of an attention call whose meaning is not known; masks and dropout are such."""
     # Mllama's cross layers hand over a mask of zeros, which PagedModel made sure of (model.py).
+    if mask is None and not dropout and others.keys() <= NEUTRAL:
+        return
     unknown = sorted(name for name, value in others.items() if name not in NEUTRAL and value is not None)
     if unknown or dropout or (mask is not None and bool((mask != 0).any())):
         what = f"arguments {unknown}" if unknown else "dropout" if dropout else "an attention mask"

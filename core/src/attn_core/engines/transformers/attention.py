@@ -42,7 +42,8 @@ def attention_function(backend: str) -> AttentionFunction:
 
         Raises ConfigError for what no backend is known to compute, BatchError for calls that contradict the cache.
         """
-        _refuse_gradients(module, query)
+        if module.training:
+            _refuse_gradients(module, query)
         mask = mask_of(attention_mask)
         maths = {
             "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -87,7 +88,7 @@ def _over_pages(
         )
     assert update.keys is not None
     assert update.values is not None
-    q, k, v = packing.pack(query), packing.pack(update.keys), packing.pack(update.values)
+    q, k, v = packing.pack_all(query, update.keys, update.values)
     if layer.kind == "mla":
         step.latents[update.layer_idx] = torch.cat((k, v), dim=-1)
         return packing.unpack(absorbed(module, q.transpose(0, 1)[None], layer, step))
@@ -107,7 +108,8 @@ def _over_encoder(query: Tensor, update: Update, mask: Tensor | None, maths: dic
 
 
 def _refuse_gradients(module: nn.Module, query: Tensor) -> None:
-    if module.training and torch.is_grad_enabled() and query.requires_grad:
+    """Of a module in training."""
+    if torch.is_grad_enabled() and query.requires_grad:
         raise ConfigError(
             f"{type(module).__name__} is in training",
             accepted="model.eval(), or torch.no_grad()",

@@ -109,6 +109,8 @@ class PagedCache(Cache):
         self._first = min(i for kind in kinds if not kind.cross for i in kind.layer_ids)
         self._step: tuple[PagedStep, Packing] | None = None
         self._spans: Spans | None = None
+        #: of the last decode step
+        self._single: Packing
         super().__init__(layers=[self._layer(i) for i in range(max(self.kv_cache.layer_ids) + 1)])
 
     def _open(self, model: Any, *, page_size: int | None, kv_layout: str | None) -> int:
@@ -177,7 +179,7 @@ class PagedCache(Cache):
 
         Raises BatchError for masks that contradict what was cached, CacheFullError for more tokens than were asked for.
         """
-        spans = None if mask is None else mask.spans(window)
+        spans = None if mask is None or mask.dense is None else mask.spans(window)
         if update.layer_idx == self._first:
             self._step = self._begin(query, mask, spans)
             self._spans = spans
@@ -192,7 +194,11 @@ class PagedCache(Cache):
 
     def _begin(self, query: Tensor, mask: StepMask | None, spans: Spans | None) -> tuple[PagedStep, Packing]:
         requests = self._requests
-        batch_size, length = query.shape[0], query.shape[2]
+        batch_size, _, length, _ = query.shape
+        if length == 1 and spans is None and (mask is None or mask.valid is None):
+            batch = requests.next_decode(batch_size)
+            if batch is not None:
+                return self._start(batch, 1, None), self._single
         valid = requests.columns_after(batch_size, length, None if mask is None else mask.valid)
         packing = Packing(batch_size, length, valid, query.device)
         before = requests.seq_lens()
@@ -200,7 +206,7 @@ class PagedCache(Cache):
         requests.reserve(seq_lens, packing.lens)
         mode = self._mode(packing.lens, before)
         if mode is ForwardMode.DECODE and spans is None:
-            batch = requests.decode_batch(seq_lens, query.device)
+            batch, self._single = requests.decode_batch(seq_lens, query.device), packing
         else:
             batch = ForwardBatch.build(
                 mode,
@@ -211,10 +217,13 @@ class PagedCache(Cache):
                 device=query.device,
                 spans=spans,
             )
+        return self._start(batch, length, valid), packing
+
+    def _start(self, batch: ForwardBatch, length: int, valid: Tensor | None) -> PagedStep:
         self.backend.init_forward_metadata(batch)
-        requests.append(length, valid)
+        self._requests.append(length, valid)
         self._encoder.begin()
-        return PagedStep(self.planned, self.backend, batch), packing
+        return PagedStep(self.planned, self.backend, batch)
 
     def cross_batch(self, mask: Any) -> ForwardBatch:
         """The batch of the cross layers of this pass; ``mask`` [B, 1, Q, S] says which keys a token sees, or None."""

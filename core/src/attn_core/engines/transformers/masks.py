@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import masking_utils
 
 from attn_core.errors import ConfigError
 
@@ -33,11 +35,11 @@ class StepMask:
     causal: bool = True
     window: int | None = None
     dense: Tensor | None = None
-    _spans: dict[int | None, Spans] = field(default_factory=dict)
+    _spans: dict[int | None, Spans] | None = None
 
     def check_window(self, window: int | None) -> None:
         """Raise ConfigError unless a layer with ``window`` may be given this mask."""
-        if self.dense is None and self._reaching(self.window) != self._reaching(window):
+        if window != self.window and self.dense is None and self._reaching(self.window) != self._reaching(window):
             raise ConfigError(
                 f"the mask has a window of {self.window}, the layer one of {window}",
                 hint="the model's masks and its attention calls disagree; it cannot be served",
@@ -51,6 +53,8 @@ class StepMask:
         """
         if self.dense is None:
             return None
+        if self._spans is None:
+            self._spans = {}
         if window not in self._spans:
             self._spans[window] = [self._explained(b, window) for b in range(self.batch_size)]
         found = self._spans[window]
@@ -107,7 +111,12 @@ def step_mask(
     masks go. What loses the attribute on its way is refused as a mask that nobody explains.
     """
     mask = StepMask(
-        batch_size, q_length, kv_length, int(q_offset), int(kv_offset), _valid(attention_mask, kv_length, kv_offset)
+        batch_size,
+        q_length,
+        kv_length,
+        int(q_offset),
+        int(kv_offset),
+        None if attention_mask is None else _valid(attention_mask, kv_length, kv_offset),
     )
     rule = _rule(mask_function)
     if rule == "bidirectional":
@@ -115,17 +124,22 @@ def step_mask(
     elif isinstance(rule, int):
         mask.window = rule
     elif rule is None:
-        from transformers.masking_utils import sdpa_mask
-
         assert mask_function is not None, "no function is the causal rule"
-        dense: Any = sdpa_mask(
+        dense: Any = masking_utils.sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask=None,
             allow_is_causal_skip=False, use_vmap=use_vmap, device=device,
         )  # fmt: skip
         mask.dense = dense[:, 0].cpu()
-    carrier = torch.ones((), device=device).expand(batch_size, 1, q_length, kv_length)
+    carrier = _one(torch.device(device)).expand(batch_size, 1, q_length, kv_length)
     carrier.attn_step_mask = mask  # type: ignore[attr-defined]
     return carrier
+
+
+@cache
+def _one(device: torch.device) -> Tensor:
+    """The element of all carriers: each of them is a view of its own."""
+    with torch.inference_mode(False):
+        return torch.ones((), device=device)
 
 
 def mask_of(attention_mask: Any) -> StepMask | None:
@@ -136,8 +150,6 @@ def mask_of(attention_mask: Any) -> StepMask | None:
 
 def _rule(function: Callable[..., Any] | None) -> str | int | None:
     """ "causal", "bidirectional", the window of a causal rule, or None for a rule that is none of them."""
-    from transformers import masking_utils
-
     if function is None or function is masking_utils.causal_mask_function:
         return "causal"
     if function is masking_utils.bidirectional_mask_function:
@@ -161,10 +173,8 @@ def _enclosed(function: Callable[..., Any], name: str) -> Any:
     return cells[code.co_freevars.index(name)].cell_contents
 
 
-def _valid(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
+def _valid(attention_mask: Tensor, kv_length: int, kv_offset: int) -> Tensor | None:
     """[B, kv_length] bool on the host; columns that the mask does not reach are padding, as transformers has it."""
-    if attention_mask is None:
-        return None
     columns = attention_mask[:, kv_offset : kv_offset + kv_length].bool().cpu()
     if columns.shape[1] < kv_length:
         columns = torch.nn.functional.pad(columns, (0, kv_length - columns.shape[1]), value=False)

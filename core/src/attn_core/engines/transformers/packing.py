@@ -42,8 +42,14 @@ class Packing:
 
     def pack(self, states: Tensor) -> Tensor:
         """[B, H, Q, D] -> [T, H, D]."""
-        rows = states[:, :, 0] if self.length == 1 else states.transpose(1, 2).flatten(0, 1)
+        rows = states.squeeze(2) if self.length == 1 else states.transpose(1, 2).flatten(0, 1)
         return rows.contiguous() if self._rows is None else rows[self._rows]
+
+    def pack_all(self, *states: Tensor) -> tuple[Tensor, ...]:
+        """``pack`` of each."""
+        if self.length == 1 and self._rows is None:
+            return tuple([x.squeeze(2).contiguous() for x in states])
+        return tuple([self.pack(x) for x in states])
 
     def unpack(self, rows: Tensor) -> Tensor:
         """[T, H, D] -> [B, Q, H, D]; places without a token are zero."""
@@ -51,4 +57,6 @@ class Packing:
             padded = rows.new_zeros(self.batch_size * self.length, *rows.shape[1:])
             padded[self._rows] = rows
             rows = padded
+        if self.length == 1:
+            return rows.unsqueeze(1)
         return rows.view(self.batch_size, self.length, *rows.shape[1:])

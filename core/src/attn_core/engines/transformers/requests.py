@@ -29,7 +29,8 @@ class RequestPages:
         self.allocator = PageAllocator(num_pages)
         self._copy = copy
         self._table: Tensor | None = None
-        self._starts: Tensor | None = None
+        self._starts: tuple[Tensor, Tensor] | None = None
+        self._coming: Decodes | None = None
 
     @property
     def in_use(self) -> int:
@@ -67,27 +68,29 @@ class RequestPages:
         self.columns += length
         self.valid = valid
 
+    def next_decode(self, batch_size: int) -> ForwardBatch | None:
+        """What ``decode_batch`` gives for the step after the last one, if all is ready for it: pages, lengths, slots.
+
+        None where something is to be made or checked first. No column may be padding.
+        """
+        coming = self._coming
+        if coming is None or self._table is None or self.valid is not None or len(self.pages) != batch_size:
+            return None
+        lens = coming.next_lens
+        return None if lens is None or lens[0] != self.columns + 1 else coming.take(self._table)
+
     def decode_batch(self, seq_lens: Sequence[int], device: torch.device) -> ForwardBatch:
         """What ``ForwardBatch.build`` gives for one more token a request, of tables that are kept between steps."""
         if self._table is None:
             self._table = page_table_of(self.pages, device)
-        count = len(seq_lens)
-        if self._starts is None or self._starts.shape[0] != count + 1:
-            self._starts = torch.arange(count + 1, dtype=torch.int32)
-        size = self.page_size
-        slots = [row[(n - 1) // size] * size + (n - 1) % size for row, n in zip(self.pages, seq_lens, strict=True)]
-        lens = torch.tensor(seq_lens, dtype=torch.int32)
-        return ForwardBatch(
-            mode=ForwardMode.DECODE,
-            seq_lens=lens.to(device),
-            query_start_loc=self._starts.to(device),
-            page_table=self._table,
-            slot_mapping=torch.tensor(slots, dtype=torch.int64).to(device),
-            max_query_len=1,
-            max_seq_len=max(seq_lens),
-            seq_lens_cpu=lens,
-            query_start_loc_cpu=self._starts,
-        )
+            self._coming = None
+        coming = self._coming
+        if coming is None or coming.next_lens != seq_lens:
+            if self._starts is None or self._starts[0].shape[0] != len(seq_lens) + 1:
+                starts = torch.arange(len(seq_lens) + 1, dtype=torch.int32)
+                self._starts = starts, starts.to(device)
+            coming = self._coming = Decodes(self.pages, seq_lens, self._starts, self.page_size)
+        return coming.take(self._table)
 
     def reserve(self, seq_lens: Sequence[int], query_lens: Sequence[int]) -> None:
         """Pages for the new tokens of every request. Raises CacheFullError for more than there are."""
@@ -155,6 +158,49 @@ class RequestPages:
         self.allocator = allocator
         self._table = None
         return moved
+
+
+class Decodes:
+    """The decode steps up to the first page that is filled: their lengths and slots, one row each, made at once."""
+
+    def __init__(
+        self,
+        pages: Sequence[Sequence[int]],
+        seq_lens: Sequence[int],
+        starts: tuple[Tensor, Tensor],
+        page_size: int,
+    ) -> None:
+        """``seq_lens`` after the first of these steps, whose tokens the pages hold; ``starts`` on host and device."""
+        device = starts[1].device
+        last = [(n - 1) % page_size for n in seq_lens]
+        slots = [row[(n - 1) // page_size] * page_size + i for row, n, i in zip(pages, seq_lens, last, strict=True)]
+        count, steps = len(seq_lens), range(page_size - max(last))
+        lens = torch.tensor([n + i for i in steps for n in seq_lens], dtype=torch.int32).view(-1, count)
+        #: the lengths that the next step must have
+        self.next_lens: list[int] | None = list(seq_lens)
+        self._slots = torch.tensor([n + i for i in steps for n in slots], device=device).view(-1, count).unbind()
+        self._lens_cpu = lens.unbind()
+        self._lens = self._lens_cpu if device.type == "cpu" else lens.to(device).unbind()
+        self._starts_cpu, self._starts = starts
+        self._taken = 0
+
+    def take(self, table: Tensor) -> ForwardBatch:
+        """The next step, over the pages that ``table`` lists."""
+        assert self.next_lens is not None
+        i, seq_lens = self._taken, self.next_lens
+        self._taken += 1
+        self.next_lens = [n + 1 for n in seq_lens] if self._taken < len(self._slots) else None
+        return ForwardBatch(
+            mode=ForwardMode.DECODE,
+            seq_lens=self._lens[i],
+            query_start_loc=self._starts,
+            page_table=table,
+            slot_mapping=self._slots[i],
+            max_query_len=1,
+            max_seq_len=max(seq_lens),
+            seq_lens_cpu=self._lens_cpu[i],
+            query_start_loc_cpu=self._starts_cpu,
+        )
 
 
 def reordered(allocator: PageAllocator, before: list[list[int]], chosen: Sequence[int]) -> list[list[int]]:
