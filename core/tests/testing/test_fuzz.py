@@ -76,7 +76,7 @@ def test_shares_make_up_the_whole_and_differ() -> None:
     parts = shares(0)
     assert sum(share.examples for share in parts) == EXAMPLES
     assert len({share.seed for share in [*parts, *shares(1)]}) == 2 * len(parts)
-    assert [share.examples for share in shares(0, 70)] == [50, 20]
+    assert [share.examples for share in shares(0, 120)] == [100, 20]
 
 
 def test_a_failure_is_made_small_and_can_be_repeated(target: Target) -> None:

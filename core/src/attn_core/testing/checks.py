@@ -52,6 +52,15 @@ class Output:
     out: Tensor
     lse: Tensor | None
 
+    @classmethod
+    def on_host(cls, out: Tensor, lse: Tensor | None) -> Output:
+        """Copies on the host: what comes after on the device cannot change them, and they are compared there."""
+        return cls(_copied(out), None if lse is None else _copied(lse))
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", copy=True)
+
 
 def form_faults(output: Output, shape: tuple[int, int, int], dtype: torch.dtype, wants_lse: bool) -> list[Fault]:
     """Shapes and dtypes: out [T, Hq, Dv] like q, lse [T, Hq] fp32 if it was asked for."""
@@ -123,11 +132,11 @@ def differing(first: Iterable[Output], second: Iterable[Output]) -> str | None:
 
 
 def snapshot(cache: KVCache) -> dict[int, tuple[Tensor, Tensor | None]]:
-    """A copy of every pool."""
+    """A copy of every pool, on the host."""
     copies = {}
     for layer_id in cache.layer_ids:
         values = cache.v(layer_id)
-        copies[layer_id] = (cache.k(layer_id).clone(), None if values is None else values.clone())
+        copies[layer_id] = (_copied(cache.k(layer_id)), None if values is None else _copied(values))
     return copies
 
 
@@ -139,7 +148,7 @@ def write_faults(
     found = []
     for layer in scene.layers:
         slots = [s[layer.layer_id] for step in steps for s in (step.written, step.write_first) if layer.layer_id in s]
-        written = torch.unique(torch.cat(slots)) if slots else torch.empty(0, dtype=torch.int64, device=scene.device)
+        written = torch.unique(torch.cat(slots)) if slots else torch.empty(0, dtype=torch.int64)
         truth = scene.truth[layer.layer_id]
         old_k, old_v = before[layer.layer_id]
         pools = [("k", cache.k(layer.layer_id), old_k, truth.k, layer.k_scale)]
@@ -185,15 +194,15 @@ def _slot_rows(pool: Tensor, layout: str) -> Tensor:
 
 
 class InputGuard:
-    """Copies of a step's tensors, to see afterwards that none was changed."""
+    """Copies of a step's tensors on the host, to see afterwards that none was changed."""
 
     def __init__(self, step: Step) -> None:
         self._tensors = _tensors_of(step)
-        self._copies = {name: tensor.clone() for name, tensor in self._tensors.items()}
+        self._copies = {name: _copied(tensor) for name, tensor in self._tensors.items()}
 
     def faults(self) -> list[Fault]:
         """One for each tensor that is not what it was."""
-        changed = [name for name, tensor in self._tensors.items() if not same_bits(tensor, self._copies[name])]
+        changed = [name for name, tensor in self._tensors.items() if not same_bits(tensor.cpu(), self._copies[name])]
         return [Fault("inputs", f"{name} was changed in place") for name in changed]
 
 

@@ -21,7 +21,7 @@ from attn_core.testing.run import Result, Target, run_case
 #: Cases of a run that proves something.
 EXAMPLES: Final = 2000
 #: Cases of one share: hypothesis varies what it has found, so several searches see more than one long one.
-SHARE: Final = 50
+SHARE: Final = 100
 
 
 @dataclass(frozen=True, slots=True)

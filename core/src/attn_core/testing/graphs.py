@@ -140,7 +140,7 @@ class CapturedStep:
         moved = [name for name, at in _pointers(self.batch.plan_state).items() if self.pointers.get(name, at) != at]
         faults = [*watch.faults, *(f"{name} of plan_state moved since the capture" for name in moved)]
         rows = step.batch.num_tokens
-        outputs = [Output(o.out[:rows].clone(), None if o.lse is None else o.lse[:rows].clone()) for o in self.outputs]
+        outputs = [Output.on_host(o.out[:rows], None if o.lse is None else o.lse[:rows]) for o in self.outputs]
         return outputs, faults
 
     def _load(self, step: Step) -> ForwardBatch:

@@ -91,7 +91,7 @@ class _Given:
         values, lse = result if isinstance(result, tuple) else (result, None)
         if "out" in case.options and values.data_ptr() != out.data_ptr():
             raise AssertionError("out= was given, and another tensor came back")
-        return Output(values.clone(), lse)
+        return Output.on_host(values, lse)
 
 
 def _alone_faults(backend: AttentionBackend, scene: Scene, given: _Given, together: Output) -> list[Fault]:

@@ -133,7 +133,7 @@ def _declared_row(name: str, results: Sequence[Result], blamed: Mapping[str, Bla
         others = {blame.feature for blame in blames} & set(ROWS)
         cause = next(b for b in blames if b.claim in claims_of(failed[0]))
         outcome = "proved" if all(others & row_names(r) for r in failed) else _false(failed)
-        return Row(name, True, outcome, len(passed), len(failed), f"fails for {cause.claim}", failed[0].case.id)
+        return Row(name, True, outcome, len(passed), len(failed), f"fails for {cause.feature}", failed[0].case.id)
     return Row(name, True, "proved", len(passed))
 
 

@@ -188,10 +188,9 @@ class Trial:
         for layer in self.scene.layers:
             slots = step.write_first.get(layer.layer_id)
             if slots is not None:
-                truth = self.scene.truth[layer.layer_id]
-                self.witness.backend.write_kv(
-                    truth.k[slots], None if truth.v is None else truth.v[slots], layer, slots
-                )  # fmt: skip
+                truth, place = self.scene.truth[layer.layer_id], self.scene.device
+                v = None if truth.v is None else truth.v[slots].to(place)
+                self.witness.backend.write_kv(truth.k[slots].to(place), v, layer, slots.to(place))
 
     def forward(self, inputs: Inputs, batch: ForwardBatch) -> Output:
         """One forward of one layer, asked for what the case asks for."""
@@ -205,7 +204,7 @@ class Trial:
         given, lse = result if isinstance(result, tuple) else (result, None)
         if out is not None and given.data_ptr() != out.data_ptr():
             raise AssertionError("out= was given, and another tensor came back")
-        return Output(given.clone(), lse)
+        return Output.on_host(given, lse)
 
     def _own_output(self, q: Tensor, heads: int, width: int) -> Tensor:
         return torch.full((q.shape[0], heads, width), float("nan"), dtype=q.dtype, device=q.device)

@@ -48,6 +48,7 @@ class Step:
     """One batch, the inputs of its layers, and the requests it is of, by number.
 
     ``written``: the slots that the step must write, by layer. ``write_first``: those that `write_kv` writes before it.
+    Both on the host, as the truth is.
     """
 
     batch: ForwardBatch
@@ -59,7 +60,7 @@ class Step:
 
 @dataclass(slots=True, eq=False)
 class Truth:
-    """The keys and values of every slot of a layer, [slots, Hkv, D] in the working dtype; v None for MLA.
+    """The keys and values of every slot of a layer, [slots, Hkv, D] in the working dtype on the host; v None for MLA.
 
     ``junk`` is what the pool holds where no token lies: finite, and wrong.
     """
@@ -84,6 +85,7 @@ class Scene:
         self.layers = [self._layer(case.kinds[i], i) for i in ids]
         self.truth = {layer.layer_id: self._truth(layer) for layer in self.layers} if case.mode != "ragged" else {}
         self.waves = self._waves()
+        self._contents: dict[tuple[int, str, bool], Tensor] = {}
 
     # -- requests and pages
 
@@ -122,7 +124,7 @@ class Scene:
         return torch.randn(*shape, generator=self._rng)
 
     def _rows(self, count: int, heads: int, width: int) -> Tensor:
-        return self._random(count, heads, width).to(self.dtype).to(self.device)
+        return self._random(count, heads, width).to(self.dtype)
 
     def _truth(self, layer: AttentionLayer) -> Truth:
         slots, heads = self.placement.num_pages * self.page_size, layer.num_kv_heads
@@ -137,7 +139,7 @@ class Scene:
 
     def _queries(self, count: int, layer: AttentionLayer) -> Tensor:
         q = self._rows(count, layer.num_q_heads, layer.qk_head_dim)
-        return q * HOT if "hot" in self.case.options else q
+        return (q * HOT if "hot" in self.case.options else q).to(self.device)
 
     # -- the cache
 
@@ -174,11 +176,22 @@ class Scene:
         """Put the truth where tokens are cached already, and junk (or NaN and infinities) everywhere else."""
         for layer in self.layers:
             if layer.layer_id in self.truth:
-                truth, known = self.truth[layer.layer_id], self._known(layer)
-                _fill_pool(cache.k_nhd(layer.layer_id), truth.k, truth.junk_k, known, layer.k_scale, poison)
-                values = cache.v(layer.layer_id)
-                if values is not None and truth.v is not None and truth.junk_v is not None:
-                    _fill_pool(cache.v_nhd(layer.layer_id), truth.v, truth.junk_v, known, layer.v_scale, poison)
+                truth = self.truth[layer.layer_id]
+                self._fill_pool(cache.k_nhd(layer.layer_id), "k", truth.k, truth.junk_k, layer, poison)
+                if cache.v(layer.layer_id) is not None and truth.v is not None and truth.junk_v is not None:
+                    self._fill_pool(cache.v_nhd(layer.layer_id), "v", truth.v, truth.junk_v, layer, poison)
+
+    def _fill_pool(
+        self, pool: Tensor, name: str, truth: Tensor, junk: Tensor, layer: AttentionLayer, poison: bool
+    ) -> None:
+        """pool [pages, page_size, H, D]: made once on the host, then copied each time."""
+        bits = torch.uint8 if pool.dtype in FP8_DTYPES else pool.dtype
+        key = layer.layer_id, name, poison
+        if key not in self._contents:
+            scale = layer.k_scale if name == "k" else layer.v_scale
+            content = _content(truth, junk, self._known(layer), scale, pool.dtype, poison)
+            self._contents[key] = content.view(bits).view(pool.shape)
+        pool.view(bits).copy_(self._contents[key])
 
     def _known(self, layer: AttentionLayer) -> Tensor:
         """The slots whose tokens are in the cache before the first step: prefixes, and the holes of every step."""
@@ -191,7 +204,7 @@ class Scene:
                     found += self.slots(s, range(start, start + request.new))[2::3]
             elif not self._writes_encoder(0):
                 found += slots_of(self.encoder_pages[s], range(request.encoder), self.page_size)
-        return torch.tensor(found, dtype=torch.int64, device=self.device)
+        return torch.tensor(found, dtype=torch.int64)
 
     def _writes_encoder(self, wave: int) -> bool:
         """The encoder's keys come with the prompt; later steps find them in the cache."""
@@ -282,17 +295,14 @@ class Scene:
         if slots is None:  # the encoder's keys are there
             step.inputs.append(Inputs(layer, *_fused([q], options)))
             return
-        truth = self.truth[layer.layer_id]
+        truth, slots = self.truth[layer.layer_id], slots.cpu()
         k: Tensor | None = truth.k[slots]
         v = None if truth.v is None else truth.v[slots]
         if "holes" in options:
-            hidden = step.batch.slot_mapping < 0
+            hidden = step.batch.slot_mapping.cpu() < 0
             k = torch.where(hidden[:, None, None], truth.junk_k[slots], truth.k[slots])
-            v = (
-                None
-                if v is None or truth.junk_v is None
-                else torch.where(hidden[:, None, None], truth.junk_v[slots], v)
-            )
+            if v is not None and truth.junk_v is not None:
+                v = torch.where(hidden[:, None, None], truth.junk_v[slots], v)
             step.written[layer.layer_id] = slots[~hidden]
         else:
             step.written[layer.layer_id] = slots
@@ -302,13 +312,14 @@ class Scene:
             k = v = None
         elif "decoy" in options:
             k, v = truth.junk_k[slots], None if truth.junk_v is None else truth.junk_v[slots]
-        step.inputs.append(Inputs(layer, *_fused([q, k, v], options)))
+        given = [q, *(None if t is None else t.to(self.device) for t in (k, v))]
+        step.inputs.append(Inputs(layer, *_fused(given, options)))
 
     def ragged_inputs(self, layer: AttentionLayer, queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
         """q [queries, Hq, Dqk], k [keys, Hkv, Dqk], v [keys, Hkv, Dv]."""
         q = self._queries(queries, layer)
-        k = self._rows(keys, layer.num_kv_heads, layer.qk_head_dim)
-        v = self._rows(keys, layer.num_kv_heads, layer.v_head_dim)
+        k = self._rows(keys, layer.num_kv_heads, layer.qk_head_dim).to(self.device)
+        v = self._rows(keys, layer.num_kv_heads, layer.v_head_dim).to(self.device)
         fused = _fused([q, k, v], self.case.options)
         return fused[0], fused[1], fused[2]
 
@@ -353,15 +364,14 @@ def _views(tensors: list[Tensor]) -> list[Tensor]:
     return [part.view(-1, *t.shape[1:]) for part, t in zip(parts, tensors, strict=False)]
 
 
-def _fill_pool(pool: Tensor, truth: Tensor, junk: Tensor, known: Tensor, scale: float, poison: bool) -> None:
-    """pool [pages, page_size, H, D]: truth [slots, H, D] at ``known``, elsewhere ``junk`` or what is not a number."""
-    pages, page, heads, width = pool.shape
-    rows = to_stored(truth, scale, pool.dtype)
-    other = _poison(rows) if poison else to_stored(junk, scale, pool.dtype)
-    bits = torch.uint8 if pool.dtype in FP8_DTYPES else pool.dtype
+def _content(truth: Tensor, junk: Tensor, known: Tensor, scale: float, dtype: torch.dtype, poison: bool) -> Tensor:
+    """[slots, H, D] as a cache of ``dtype`` stores it: the truth where ``known``, else ``junk`` or no numbers."""
+    rows = to_stored(truth, scale, dtype)
+    other = _poison(rows) if poison else to_stored(junk, scale, dtype)
+    bits = torch.uint8 if dtype in FP8_DTYPES else dtype
     content = other.view(bits).clone()
     content[known] = rows.view(bits)[known]
-    pool.view(bits).copy_(content.view(pages, page, heads, width))
+    return content.view(dtype)
 
 
 def _poison(rows: Tensor) -> Tensor:
