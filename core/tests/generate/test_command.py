@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -369,3 +369,15 @@ def test_ctrl_c_while_loading_ends_at_once(tiny_folder: Path) -> None:
     result = interrupt(start(tiny_folder, "first", *LONG), after="stderr")
     assert (result.code, result.out) == (130, "")
     assert "Traceback" not in result.err
+
+
+def test_ctrl_c_that_a_library_swallows_while_loading_ends_it_all_the_same() -> None:
+    from attn_core.cli.generate import ended_by_ctrl_c
+
+    @ended_by_ctrl_c()
+    def load() -> None:
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        load()

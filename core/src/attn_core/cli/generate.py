@@ -69,9 +69,10 @@ def command(
     began = time.perf_counter()
     with ExitStack() as stack, Progress() as progress:
         given["stand_in"] = _entered(given["device"], stack)
-        queue = _queue(given, backends, progress)
-        requests = [queue.add(text, sampling, raw=raw) for text in texts]
-        session = _session(queue, progress)
+        with ended_by_ctrl_c():
+            queue = _queue(given, backends, progress)
+            requests = [queue.add(text, sampling, raw=raw) for text in texts]
+            session = _session(queue, progress)
         loaded = time.perf_counter() - began
         finished = _run(session, requests, progress, as_text=not as_json)
     from attn_core.generate.report import document, lines
@@ -188,3 +189,27 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         yield pressed.is_set
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def ended_by_ctrl_c() -> Iterator[None]:
+    """Ctrl-C in the block ends it with KeyboardInterrupt, at its end at the latest.
+
+    Libraries that load may run Python where an exception is printed and lost (a finaliser, a callback of C code).
+    """
+    pressed = threading.Event()
+
+    def stop(number: int, frame: Any) -> None:
+        pressed.set()
+        signal.default_int_handler(number, frame)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed.is_set():
+        raise KeyboardInterrupt
