@@ -83,7 +83,8 @@ class DecodeKernels:
             "CROSS": kind.cross, "TREE": tree is not None, "Q_TREE": 1 if tree is None else tree.shape[-1],
             "WINDOW": kind.window is not None,
             "HAS_CAP": kind.has_cap, "HAS_SINKS": kind.sinks is not None, "HAS_LSE": lse is not None, "PDL": pdl,
-            "WIDEN": self._chip.sm >= 89 and geometry.fp8_limit > 0 and geometry.dtype.itemsize == 2,
+            # Triton 3.6 cannot pipeline the assembly for sm_100 and later: there it is a plain conversion.
+            "WIDEN": 89 <= self._chip.sm < 100 and geometry.fp8_limit > 0 and geometry.dtype.itemsize == 2,
         }  # fmt: skip
         options = {"num_warps": cut.tile.warps, "num_stages": cut.tile.stages, **({"launch_pdl": True} if pdl else {})}
         dtypes = (out.dtype, kind.sinks, geometry.dtype, geometry.kv_dtype)
