@@ -13,7 +13,7 @@ from attn_core.planning.system import System
 from attn_core.testing.axes import TIERS, Tier
 from attn_core.testing.cases import Case
 from attn_core.testing.fuzz import EXAMPLES, Share, shares
-from attn_core.testing.generation import generate_cases, most_telling_first, spread
+from attn_core.testing.generation import generate_cases, ladder_cases, most_telling_first, spread
 from attn_core.testing.refusals import refusal_cases
 from attn_core.testing.workers import Job
 
@@ -21,6 +21,7 @@ from attn_core.testing.workers import Job
 REFUSALS: Final = "refusals"
 PROBES: Final = "probes"
 FUZZ: Final = "fuzz"
+_REQUIRED: Final = "required"
 
 
 class Done(NamedTuple):
@@ -32,19 +33,18 @@ class Done(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Agenda:
-    """The cases of a run, each with its part (a tier, or refusals), and the shares of fuzzing."""
+    """The cases of a run, each with its part (a tier, or refusals), and the shares of fuzzing.
+
+    ``required``: the cases without which nothing is proved, each declared thing alone.
+    """
 
     parts: Mapping[Case, str]
     shares: Sequence[Share] = ()
+    required: frozenset[Case] = frozenset()
 
     @property
     def cases(self) -> list[Case]:
         return list(self.parts)
-
-    @property
-    def required(self) -> frozenset[Case]:
-        """The cases without which nothing is proved: those of the first tier."""
-        return frozenset(case for case, part in self.parts.items() if part == TIERS[0])
 
     @property
     def size(self) -> int:
@@ -52,14 +52,14 @@ class Agenda:
         return len(self.parts) + sum(share.examples for share in self.shares)
 
     def jobs(self) -> Iterator[Job]:
-        """Tier by tier, the refusals after the first one; the fuzzing spread over what the last tier has of its own.
+        """What is required, then tier by tier, the refusals after the first one; the fuzzing among the last tier's.
 
-        In each tier what shows most comes first: a run may end before its cases do.
+        In each of these what shows most comes first: a run may end before its cases do.
         """
         by_part: dict[str, list[Case]] = {}
         for case, part in self.parts.items():
-            by_part.setdefault(part, []).append(case)
-        for part in (TIERS[0], REFUSALS, PROBES, *TIERS[1:-1]):
+            by_part.setdefault(_REQUIRED if case in self.required else part, []).append(case)
+        for part in (_REQUIRED, TIERS[0], REFUSALS, PROBES, *TIERS[1:-1]):
             yield from most_telling_first(by_part.get(part, []))
         yield from _merged(most_telling_first(by_part.get(TIERS[-1], [])), self.shares)
 
@@ -108,4 +108,5 @@ def agenda(
         raise UsageError(f"no case has {select!r} in its id", given=select, hint="leave select out")
     parts = {case: positive[case] for case in chosen} | dict.fromkeys(refused, REFUSALS)
     fuzzes = tier == TIERS[-1] and not select
-    return Agenda(parts, shares(seed, examples) if fuzzes else ())
+    alone = frozenset(ladder_cases(manifest, TIERS[0], system, seed)) & parts.keys()
+    return Agenda(parts, shares(seed, examples) if fuzzes else (), alone)
