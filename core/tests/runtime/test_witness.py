@@ -127,3 +127,18 @@ def test_without_a_witness_the_classes_are_as_they_were() -> None:
     del forgotten
     gc.collect()
     assert dict(vars(TorchNativeBackend)) == originals
+
+
+def test_what_was_put_in_place_of_a_forward_meanwhile_stays() -> None:
+    """A fault that is planted while a witness exists is still there when the witness is gone."""
+
+    class Target(Honest):
+        def forward_decode(self, *args: Any, **options: Any) -> Any:
+            return super().forward_decode(*args, **options)
+
+    def planted(self: Any, *args: Any, **options: Any) -> Any:
+        raise AssertionError("planted")
+
+    with Witness(native(scene(GQA3, ForwardMode.DECODE, query_lens=[1], seq_lens=[20]))):
+        Target.forward_decode = planted  # type: ignore[method-assign]
+    assert vars(Target)["forward_decode"] is planted

@@ -127,7 +127,8 @@ class _Watches:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._witnesses = 0
-        self._originals: dict[tuple[type, str], Callable[..., Any]] = {}
+        #: (class, forward) -> what it was, and what stands in its place
+        self._wrapped: dict[tuple[type, str], tuple[Callable[..., Any], Callable[..., Any]]] = {}
 
     def begin(self) -> None:
         with self._lock:
@@ -139,9 +140,10 @@ class _Watches:
             self._witnesses -= 1
             if self._witnesses:
                 return
-            for (cls, name), original in self._originals.items():
-                setattr(cls, name, original)
-            self._originals.clear()
+            for (cls, name), (original, wrapper) in self._wrapped.items():
+                if vars(cls).get(name) is wrapper:  # else somebody has put something else there meanwhile
+                    setattr(cls, name, original)
+            self._wrapped.clear()
 
     def cover(self) -> None:
         """Wrap the forwards of every backend class there is now, each once."""
@@ -150,9 +152,10 @@ class _Watches:
                 return
             for cls in _subclasses(AttentionBackend):
                 for name in _FORWARDS:
-                    if name in vars(cls) and (cls, name) not in self._originals:
-                        self._originals[cls, name] = vars(cls)[name]
-                        setattr(cls, name, _recording(vars(cls)[name]))
+                    if name in vars(cls) and (cls, name) not in self._wrapped:
+                        original, wrapper = vars(cls)[name], _recording(vars(cls)[name])
+                        self._wrapped[cls, name] = original, wrapper
+                        setattr(cls, name, wrapper)
 
 
 _watches = _Watches()
