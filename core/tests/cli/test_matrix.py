@@ -49,6 +49,7 @@ def document(**changes: Any) -> dict[str, Any]:
         ([run(softcap="refused")], "softcap", "refused", "silicon"),
         ([run(softcap="under_claimed")], "softcap", "refused", "silicon"),
         ([run(sliding_window="over_claimed")], "sliding_window", "failed", "silicon"),
+        ([run(sliding_window="raised")], "sliding_window", "failed", "silicon"),
         ([run("schema", sliding_window="proved")], "sliding_window", "claimed", "schema"),
         ([run("schema", sliding_window="proved"), run(sliding_window="proved")], "sliding_window", "proved", "silicon"),
         (
