@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.util
 import json
@@ -67,8 +68,21 @@ def _of_cuda() -> dict[str, str]:
 
     if not torch.cuda.is_available() or not torch.version.cuda:
         return {}
-    driver: int = getattr(torch._C, "_cuda_getDriverVersion")()  # noqa: B009 - only in builds for CUDA
-    return {"cuda": torch.version.cuda, "cuda driver": f"{driver // 1000}.{driver % 1000 // 10}"}
+    driver = _cuda_driver()
+    return {"cuda": torch.version.cuda} | ({"cuda driver": driver} if driver else {})
+
+
+def _cuda_driver() -> str | None:
+    """The CUDA version that the driver speaks; asked of the driver: torch has no name for it in every build.
+
+    None where there is no driver's library under its usual name, as with AMD's.
+    """
+    version = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return None if failed else f"{version.value // 1000}.{version.value % 1000 // 10}"
 
 
 def to_json(report: Report) -> dict[str, Any]:
