@@ -14,7 +14,7 @@ import click
 
 from attn_core.cli import INTERRUPTED
 from attn_core.cli.output import note, print_json
-from attn_core.cli.params import FALLBACK_HELP, MODEL, backend_options, chosen_backends, serving_options
+from attn_core.cli.params import FALLBACK_HELP, backend_options, chosen_backends, serving_options
 from attn_core.cli.progress import Progress
 from attn_core.errors import UsageError
 
@@ -27,7 +27,12 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("prompts", metavar="PROMPT...", nargs=-1, required=True)
-@click.option("--model", type=MODEL, help="A model folder, a llama's .gguf file, or smollm2-135m. [default: that]")
+@click.option(
+    "--model",
+    type=click.Path(),
+    metavar="MODEL",
+    help="A model folder, a llama's .gguf file, or smollm2-135m. [default: that]",
+)
 @click.option("--max-new-tokens", type=int, default=64, show_default=True, metavar="N")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="Draw from the likeliest tokens only.")

@@ -105,14 +105,19 @@ def _print(entries: list[dict[str, Any]], installed: Installed) -> None:
     rows += [(p.listed, f"{p.dist} {p.version}", *nothing, _cause(p.code, p.message)) for p in installed.problems]
     rows.sort()
     if for_a_person():
-        narrow = ("backend", "distribution", *_SHORT.values(), "evidence", "usable")
-        print_table(narrow, [(*row[:-1], row[-1].partition(":")[0]) for row in rows])
+        print_table(("backend", *_SHORT.values(), "evidence", "usable", "distribution"), [_narrow(row) for row in rows])
         print("\n".join(f"{row[0]}: {row[-1]}" for row in rows if row[-1] != "yes"))
     else:
         print_table(headers, rows)
     for problem in installed.problems:
         if problem.hint and problem.code != "disabled":
             note(f"{problem.listed}: {problem.hint}")
+
+
+def _narrow(row: Sequence[str]) -> tuple[str, ...]:
+    """A row for 80 columns: what may be broken over lines stands last or has spaces, and causes come below."""
+    name, dist, *flags, level, usable = row
+    return name, *flags, level.replace("-", " ").strip() or "-", usable.partition(":")[0], dist
 
 
 def _cause(code: str, message: str) -> str:

@@ -49,9 +49,11 @@ def _print_rich(headers: Row, rows: Sequence[Row], title: str | None) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    table = Table(title=title, title_justify="left", header_style="bold", box=None, padding=(0, 1, 0, 0))
     for i, header in enumerate(headers):
-        table.add_column(header, overflow="fold", no_wrap=i == 0)  # names stay whole, to be copied
+        longest = max((len(word) for cell in (header, *(row[i] for row in rows)) for word in cell.split()), default=0)
+        # Names stay whole, to be copied; other columns break between words where they can.
+        table.add_column(header, overflow="fold", no_wrap=i == 0, min_width=min(longest, 20))
     for row in rows:
         table.add_row(*(Text(cell, style=_style(cell)) for cell in row))
     Console().print(table)
