@@ -27,6 +27,7 @@ Backend = Callable[[AttentionConfig, KVCache], TritonBackend]
 class ChosenStep:
     """``launches``: the kernels after the write, without ``_kernel``. ``new`` tokens and ``cached`` ones of each
     request, and what the layer is. ``blind``: the host knows no lengths. ``replayed``: from the buffers of graphs.
+    ``odd``: queries at strides that are no multiples of 16 bytes.
     """
 
     launches: str
@@ -44,6 +45,7 @@ class ChosenStep:
     blind: bool = False
     replayed: bool = False
     invariant: bool = False
+    odd: bool = False
 
 
 _DECODE, _EXTEND, _VERIFY = ForwardMode.DECODE, ForwardMode.EXTEND, ForwardMode.TARGET_VERIFY
@@ -81,6 +83,7 @@ STEPS: Final[dict[str, ChosenStep]] = {
     "extend by the copy engine, mapped": ChosenStep(
         "tile_map gluon_extend", (150, 2, 3), (0, 10, 200), heads=(2, 1), page=32
     ),
+    "extend by the copy engine, odd strides": ChosenStep("gluon_extend", (20,), (100,), odd=True),
     "extend with a window": ChosenStep("extend", (70,), (60,), widths=(96, 96), kind={"sliding_window": 40}),
     "extend over fp8, keys and values of two widths": ChosenStep(
         "extend", (65,), (30,), widths=(64, 32), kv_dtype="fp8_e5m2", dtype="float16", page=64
@@ -88,6 +91,7 @@ STEPS: Final[dict[str, ChosenStep]] = {
     "verify a tree with a window": ChosenStep(
         "tree_depth decode", (5, 5), (20, 100), _VERIFY, heads=(16, 1), tree=True, kind={"sliding_window": 30}
     ),
+    "extend, odd strides": ChosenStep("extend", (20,), (30,), widths=(64, 64), odd=True),
     "extend MLA": ChosenStep("extend", (6,), (40,), **{**_MLA, "widths": (80, 64)}),
     "decode MLA by the copy engine": ChosenStep("mla", (1,), (90,), _DECODE, **_MLA),
     "decode MLA by the copy engine, a line": ChosenStep("schedule mla merge", (1, 1), (700, 3), _DECODE, **_MLA),
@@ -153,4 +157,5 @@ def _made(
     scaled = {} if step.kv_dtype == "auto" else {"k_scale": 0.7, "v_scale": 0.7 if mla else 1.3}
     layer = AttentionLayer.of_kind(kind, 0, sinks=sinks, **scaled)
     v = None if mla else normal(kv_heads, v_width)
-    return config, layer, batch, cache, (normal(q_heads, qk), normal(kv_heads, qk), v)
+    q = normal(q_heads, qk + 1)[..., :qk] if step.odd else normal(q_heads, qk)
+    return config, layer, batch, cache, (q, normal(kv_heads, qk), v)

@@ -16,6 +16,7 @@ from attn_triton.kinds import BoundLayer, value_scale
 from attn_triton.launch import Bound, Launchers
 from attn_triton.parameters import ExtendTile, extend_tile
 from attn_triton.step import Step
+from attn_triton.strided import Strided
 
 #: Positions of the arguments that change from layer to layer: q, k, v, sinks, out, lse.
 MOVING: Final = (0, 1, 2, 10, 11, 12)
@@ -29,14 +30,13 @@ MAP_CHUNK = 16
 class BoundExtend:
     """One kind of layers in one step, ready to launch."""
 
-    attend: Bound
+    attend: Strided
     grid: int
 
     def run(self, q: Tensor, out: Tensor, lse: Tensor | None, bound: BoundLayer, scale: tuple[float, float]) -> None:
         """out [T, Hq, Dv] (and lse [T, Hq]) of queries q [T, Hq, Dqk] over the layer's pools."""
-        attend, layer = self.attend, bound.layer
+        attend, layer = self.attend.of(q, out), bound.layer
         attend.place(q, bound.k_pool, bound.v_pool, layer.sinks, out, lse)
-        attend.values[STRIDES] = (*q.stride()[:2], *out.stride()[:2])
         attend.values[SCALES] = (*scale, value_scale(layer))
         attend.launch(self.grid)
 
@@ -111,25 +111,23 @@ class ExtendKernels:
             "WINDOW": kind.window is not None, "HAS_CAP": kind.has_cap, "HAS_SINKS": kind.sinks is not None,
             "HAS_LSE": lse is not None,
         }  # fmt: skip
-        attend = Bound(
-            self._launchers.get(
-                extend_kernel,
-                constants,
-                {"num_warps": tile.warps, "num_stages": tile.stages},
-                (out.dtype, kind.sinks, geometry.dtype, geometry.kv_dtype),
-            ),
-            [
-                q, layer.k_pool, layer.v_pool, _or(rows.pages, none), _or(rows.lengths, none), rows.starts,
-                _or(rows.key_starts, none), _or(rows.spans, none), _or(rows.tree, none), _or(rows.depths, none),
-                _or(layer.layer.sinks, none), out, _or(lse, none), _or(tile_map, none), rows.batch, blocks,
-                0 if rows.spans is None else rows.spans.shape[1], 0, 0, 0, 0,
-                0 if rows.pages is None else rows.pages.stride(0),
-                kind.window or 0, 1.0, 0.0, 1.0,
-            ],
-            moving=MOVING,
-        )  # fmt: skip
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        dtypes = (out.dtype, kind.sinks, geometry.dtype, geometry.kv_dtype)
+        args = [
+            q, layer.k_pool, layer.v_pool, _or(rows.pages, none), _or(rows.lengths, none), rows.starts,
+            _or(rows.key_starts, none), _or(rows.spans, none), _or(rows.tree, none), _or(rows.depths, none),
+            _or(layer.layer.sinks, none), out, _or(lse, none), _or(tile_map, none), rows.batch, blocks,
+            0 if rows.spans is None else rows.spans.shape[1], 0, 0, 0, 0,
+            0 if rows.pages is None else rows.pages.stride(0),
+            kind.window or 0, 1.0, 0.0, 1.0,
+        ]  # fmt: skip
+
+        def attend(unit: int) -> Bound:
+            launcher = self._launchers.get(extend_kernel, {**constants, "UNIT": unit}, options, dtypes)
+            return Bound(launcher, args, moving=MOVING)
+
         programs = (blocks if tile_map is not None else blocks * rows.batch) * geometry.num_kv_heads
-        return BoundExtend(attend, programs)
+        return BoundExtend(Strided(attend, STRIDES), programs)
 
     def _blocks(self, rows: Rows, tile: ExtendTile, group: int, *, captured: bool) -> tuple[int, Tensor | None]:
         """Row blocks of each request, or, where requests differ too much, of all of them with a map of which is

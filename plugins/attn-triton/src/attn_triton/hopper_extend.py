@@ -15,6 +15,7 @@ from attn_triton.hopper_mla import box_layout, gluon_known
 from attn_triton.kinds import BoundLayer, Kind, value_scale
 from attn_triton.launch import Bound, Launchers
 from attn_triton.parameters import FORCED, ExtendTile
+from attn_triton.strided import Strided
 
 if TYPE_CHECKING:
     from attn_triton.extend import Rows
@@ -72,7 +73,7 @@ def place_of(geometry: Geometry, strides: Strides) -> Place | None:
 class BoundGluonExtend:
     """The kernel for one kind of layers in one step, ready to launch."""
 
-    attend: Bound
+    attend: Strided
     grid: int
     place: Place
     box: int
@@ -80,14 +81,13 @@ class BoundGluonExtend:
 
     def run(self, q: Tensor, out: Tensor, lse: Tensor | None, bound: BoundLayer, scale: tuple[float, float]) -> None:
         """out [T, Hq, 128] (and lse [T, Hq]) of queries q [T, Hq, 128] over the layer's pools."""
-        attend, layer = self.attend, bound.layer
+        attend, layer = self.attend.of(q, out), bound.layer
         pools = self.pools.get(layer.layer_id)
         if pools is None:
             pools = (boxes(bound.k_pool, self.place, self.box), boxes(bound.v_pool, self.place, self.box))
             self.pools[layer.layer_id] = pools
         attend.place(q, out, lse)
         attend.values[POOLS] = pools
-        attend.values[STRIDES] = (*q.stride()[:2], *out.stride()[:2])
         attend.values[SCALES] = (scale[0], value_scale(layer))
         attend.launch(self.grid)
 
@@ -121,17 +121,19 @@ def bind(
         "ROWS_HEAD": place.head, "COLUMNS_HEAD": place.column, "MAPPED": tile_map is not None,
         "BY_HEAD": FORCED.get("gluon_by_head", TILE.by_head), "HAS_LSE": lse is not None, "STAY": stay,
     }  # fmt: skip
-    attend = Bound(
-        launchers.get(gluon_extend_kernel, constants, {"num_warps": WARPS}, (out.dtype, geometry.dtype)),
-        [
-            q, boxes(layer.k_pool, place, box), boxes(layer.v_pool, place, box), rows.pages, rows.lengths, rows.starts,
-            out, rows.starts if lse is None else lse, rows.starts if tile_map is None else tile_map, taken, items,
-            rows.batch, blocks, 0, 0, 0, 0, rows.pages.stride(0), 1.0, 1.0,
-        ],
-        moving=MOVING,
-    )  # fmt: skip
+    args = [
+        q, boxes(layer.k_pool, place, box), boxes(layer.v_pool, place, box), rows.pages, rows.lengths, rows.starts,
+        out, rows.starts if lse is None else lse, rows.starts if tile_map is None else tile_map, taken, items,
+        rows.batch, blocks, 0, 0, 0, 0, rows.pages.stride(0), 1.0, 1.0,
+    ]  # fmt: skip
+
+    def attend(unit: int) -> Bound:
+        sized = {**constants, "UNIT": unit}
+        dtypes = (out.dtype, geometry.dtype)
+        return Bound(launchers.get(gluon_extend_kernel, sized, {"num_warps": WARPS}, dtypes), args, moving=MOVING)
+
     programs = min(items, chip.multiprocessors) if stay else items
-    return BoundGluonExtend(attend, programs, place, box, {})
+    return BoundGluonExtend(Strided(attend, STRIDES), programs, place, box, {})
 
 
 def boxes(pool: Tensor, place: Place, box: int) -> Any:

@@ -230,6 +230,7 @@ def extend_kernel(
     HAS_SINKS: tl.constexpr,
     HAS_LSE: tl.constexpr,
     HALF: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """Grid (row blocks of all requests * HKV), MAPPED through TILE_MAP [blocks, 2] (request, block) or ``blocks`` for
     each of ``batch``.
@@ -265,7 +266,7 @@ def extend_kernel(
         token = rows // GROUP
         head = h * GROUP + rows % GROUP
         live = token < query_len
-        q_at = (q_start + token).to(tl.int64) * q_token + head * q_head
+        q_at = ((q_start + token).to(tl.int64) * q_token + head * q_head) * UNIT
         q0 = load_rows(Q, q_at, live, 0, D0, D, True)
         q1 = q0
         if D1 > 0:
@@ -347,7 +348,7 @@ def extend_kernel(
 
         # Read again, volatile, so that the row offsets are computed again and hold no registers across the loops.
         q_start = tl.load(STARTS + b, volatile=True)
-        out_at = (q_start + token).to(tl.int64) * out_token + head * out_head
+        out_at = ((q_start + token).to(tl.int64) * out_token + head * out_head) * UNIT
         c0 = tl.arange(0, V0)
         out0 = finish(acc0, total) * v_scale
         tl.store(

@@ -92,7 +92,7 @@ def keep_consuming(
     Q, OUT, LSE, STARTS, LENGTHS, TILE_MAP, items, batch, blocks, q_tiles, k_tiles, v_tiles, k_full, v_full, k_free,
     v_free, cleared, slots, told, heard, q_token, q_head, out_token, out_head, scale, v_scale, WHICH: gl.constexpr,
     HKV: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-    MAPPED: gl.constexpr, BY_HEAD: gl.constexpr, HAS_LSE: gl.constexpr,
+    MAPPED: gl.constexpr, BY_HEAD: gl.constexpr, HAS_LSE: gl.constexpr, UNIT: gl.constexpr,
 ):  # fmt: skip
     """One group of a program that stays: the row blocks that its producer takes."""
     one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
@@ -115,7 +115,7 @@ def keep_consuming(
                 consume(
                     Q, OUT, LSE, STARTS, b, h, block, q_start, query_len, length - query_len, length, q_tiles, k_tiles,
                     v_tiles, k_full, v_full, k_free, v_free, cleared, count, tails, tiles, q_token, q_head, out_token,
-                    out_head, scale, v_scale, WHICH, GROUP, HKV * GROUP, BN, STAGES, HAS_LSE, True,
+                    out_head, scale, v_scale, WHICH, GROUP, HKV * GROUP, BN, STAGES, HAS_LSE, UNIT, True,
                 )  # fmt: skip
                 count += tiles
                 tails += (tiles * BN > length).to(gl.int32)
@@ -161,6 +161,7 @@ def gluon_extend_kernel(
     MAPPED: gl.constexpr,
     BY_HEAD: gl.constexpr,
     HAS_LSE: gl.constexpr,
+    UNIT: gl.constexpr,
     STAY: gl.constexpr,
 ):
     """Grid as that of kernels/extend.py. A pool is rows of 128: token t of page p for head h is row
@@ -208,7 +209,7 @@ def gluon_extend_kernel(
                             k_full,
                             v_full, k_free, v_free, cleared, slots, told, heard, q_token, q_head, out_token, out_head,
                             scale,
-                            v_scale, 0, HKV, GROUP, BM, BN, STAGES, MAPPED, BY_HEAD, HAS_LSE,
+                            v_scale, 0, HKV, GROUP, BM, BN, STAGES, MAPPED, BY_HEAD, HAS_LSE, UNIT,
                         ),
                     ),
                     (
@@ -218,7 +219,7 @@ def gluon_extend_kernel(
                             k_full,
                             v_full, k_free, v_free, cleared, slots, told, heard, q_token, q_head, out_token, out_head,
                             scale,
-                            v_scale, 1, HKV, GROUP, BM, BN, STAGES, MAPPED, BY_HEAD, HAS_LSE,
+                            v_scale, 1, HKV, GROUP, BM, BN, STAGES, MAPPED, BY_HEAD, HAS_LSE, UNIT,
                         ),
                     ),
                     (
@@ -247,7 +248,7 @@ def gluon_extend_kernel(
                             Q, OUT, LSE, STARTS, b, h, block, q_start, query_len, prefix, length, q_tiles, k_tiles,
                             v_tiles,
                             k_full, v_full, k_free, v_free, cleared, 0, 0, tiles, q_token, q_head, out_token, out_head,
-                            scale, v_scale, 0, GROUP, HKV * GROUP, BN, STAGES, HAS_LSE, False,
+                            scale, v_scale, 0, GROUP, HKV * GROUP, BN, STAGES, HAS_LSE, UNIT, False,
                         ),
                     ),
                     (
@@ -256,7 +257,7 @@ def gluon_extend_kernel(
                             Q, OUT, LSE, STARTS, b, h, block, q_start, query_len, prefix, length, q_tiles, k_tiles,
                             v_tiles,
                             k_full, v_full, k_free, v_free, cleared, 0, 0, tiles, q_token, q_head, out_token, out_head,
-                            scale, v_scale, 1, GROUP, HKV * GROUP, BN, STAGES, HAS_LSE, False,
+                            scale, v_scale, 1, GROUP, HKV * GROUP, BN, STAGES, HAS_LSE, UNIT, False,
                         ),
                     ),
                     (

@@ -143,7 +143,7 @@ def consume(
     Q, OUT, LSE, STARTS, b, h, block, q_start, query_len, prefix, length, q_tiles, k_tiles, v_tiles, k_full, v_full,
     k_free, v_free, cleared, count, tails, tiles, q_token, q_head, out_token, out_head, scale, v_scale,
     WHICH: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-    HAS_LSE: gl.constexpr, STAY: gl.constexpr,
+    HAS_LSE: gl.constexpr, UNIT: gl.constexpr, STAY: gl.constexpr,
 ):  # fmt: skip
     """One group: its 64 rows of the queries to shared memory, all tiles, the output. ``count``: tiles that the program
     had already; ``tails``: how many times it cleared a tail.
@@ -156,7 +156,7 @@ def consume(
     token = rows // GROUP
     column = gl.arange(0, 128, gl.SliceLayout(0, flat))
     live = token < query_len
-    q_at = (q_start + token).to(gl.int64) * q_token + (h * GROUP + rows % GROUP) * q_head
+    q_at = ((q_start + token).to(gl.int64) * q_token + (h * GROUP + rows % GROUP) * q_head) * UNIT
     q = q_tiles.index(WHICH)
     q.store(gl.load(Q + q_at[:, None] + column[None, :], mask=live[:, None], other=0.0))
     fence_async_shared()
@@ -201,7 +201,7 @@ def consume(
     inverse = v_scale / gl.where(total > 0.0, total, 1.0)
     # Read again, volatile, so that the row offsets are computed again and hold no registers across the loops.
     q_start = gl.load(STARTS + b, volatile=True)
-    out_at = (q_start + token).to(gl.int64) * out_token + (h * GROUP + rows % GROUP) * out_head
+    out_at = ((q_start + token).to(gl.int64) * out_token + (h * GROUP + rows % GROUP) * out_head) * UNIT
     o = gl.convert_layout((o * inverse[:, None]).to(OUT.dtype.element_ty), flat)
     gl.store(OUT + out_at[:, None] + column[None, :], o, mask=live[:, None])
     if HAS_LSE:
