@@ -1,5 +1,5 @@
-"""Launches whose rows begin at strides. The strides go in units, so that the compiler knows that rows begin at 16 bytes:
-a stride that is a number of elements says nothing of alignment, and rows are then read and written 2 bytes at a time.
+"""Launches whose rows begin at strides. These go in units, so that the compiler knows that rows begin at 16 bytes: a
+stride that is a number of elements says nothing of alignment, and rows are then read and written 2 bytes at a time.
 """
 
 from __future__ import annotations
