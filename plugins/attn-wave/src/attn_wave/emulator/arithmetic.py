@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -49,6 +50,16 @@ def _reverse(x: Any) -> Any:
 
 def _bytes(a: Any, b: Any, choice: Any) -> Any:
     """v_perm_b32: bytes of b (0 to 3) and a (4 to 7); 12 is 0, 13 and more 0xff; 8 to 11 spread a sign."""
+    if not np.ndim(choice):
+        plan = _moves(int(choice))
+        if plan is not None:
+            ones, moves = plan
+            result = ones
+            for of_a, left, mask in moves:
+                source = a if of_a else b
+                moved = source << U32(left) if left >= 0 else source >> U32(-left)
+                result = result | moved & mask
+            return result
     source = np.stack([spread(b), spread(a)], 1).view(np.uint8)
     chosen = np.ascontiguousarray(spread(choice)).view(np.uint8).reshape(64, 4)
     result = np.where(chosen < 8, np.take_along_axis(source, np.minimum(chosen, 7).astype(I64), 1), 0)
@@ -56,6 +67,26 @@ def _bytes(a: Any, b: Any, choice: Any) -> Any:
         sign = np.where(source[:, byte : byte + 1] & 0x80, 0xFF, 0)
         result = np.where(chosen == code, sign, result)
     return np.where(chosen >= 13, 0xFF, result).astype(np.uint8).view(U32)[:, 0]
+
+
+@lru_cache(256)
+def _moves(choice: int) -> tuple[np.uint32, tuple[tuple[bool, int, np.uint32], ...]] | None:
+    """What v_perm_b32 does for one choice of all lanes: bits that are 1, and (of a, places to the left, which bits).
+
+    None if a sign is among it.
+    """
+    ones, masks = 0, dict[tuple[bool, int], int]()
+    for place in range(4):
+        code = choice >> 8 * place & 0xFF
+        byte = 0xFF << 8 * place
+        if 8 <= code < 12:
+            return None
+        if code >= 13:
+            ones |= byte
+        elif code < 8:
+            move = code >= 4, 8 * (place - code % 4)
+            masks[move] = masks.get(move, 0) | byte
+    return U32(ones), tuple((of_a, left, U32(mask)) for (of_a, left), mask in masks.items())
 
 
 def _field(a: Any, start: Any, width: Any) -> Any:

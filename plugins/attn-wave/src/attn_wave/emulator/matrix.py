@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from attn_wave.emulator.faults import EmulationError
 from attn_wave.emulator.instructions import Instruction, Operand
-from attn_wave.emulator.operands import bits32
-from attn_wave.emulator.wave import F16, F32, LANE, U32, Action, Lanes, Wave, spread
+from attn_wave.emulator.wave import F16, F32, U32, Action, Lanes, Wave
 
 _NAME: Final = re.compile(r"v_mfma_f32_(16|32)x(?:16|32)x(\d+)_?(f16|bf16|f32)(?:_1k)?")
 
@@ -29,50 +28,52 @@ def matrix(instruction: Instruction) -> Action | None:
         raise EmulationError(f"{instruction.text}: broadcasts between blocks are not modelled")
     side, depth, dtype = int(match[1]), int(match[2]), match[3]
     into, a, b, c = instruction.operands
-    groups = 64 // side
-    each = depth // groups
-    row, group = LANE % side, LANE // side
-    column = group[:, None] * each + np.arange(each)
-    left, right = _values(a, dtype, each), _values(b, dtype, each)
-    results = np.arange(side * side // 64)
-    out_row = _result_rows(side, group, results)
-    out_column = np.broadcast_to(row[:, None], out_row.shape)
-    add = _addend(c, len(results))
+    left, right, add = _rows_of(a, side, depth, dtype), _rows_of(b, side, depth, dtype), _addend(c)
+    groups, blocks = 64 // side, side * side // 256
+    accumulation = into.kind == "a"
 
     def act(w: Wave) -> None:
-        one, two = np.zeros((side, depth), F32), np.zeros((side, depth), F32)
-        one[row[:, None], column], two[row[:, None], column] = left(w), right(w)
-        found = ((one @ two.T)[out_row, out_column] + add(w)).astype(F32).view(U32)
-        registers = w.vector if into.kind == "v" else w.accumulators
-        registers[into.index : into.index + len(results)] = found.T
+        product = left(w) @ right(w).T
+        # register 4 * m + n of a lane in group g holds row 4 * (groups * m + g) + n of the product
+        blocked = product.reshape(blocks, groups, 4, side).transpose(0, 2, 1, 3).reshape(4 * blocks, 64)
+        registers = w.accumulators if accumulation else w.vector
+        registers[into.index : into.index + 4 * blocks] = (blocked + add(w)).view(U32)
 
     return act
 
 
-def _result_rows(side: int, group: Lanes, results: Lanes) -> Any:
-    if side == 16:
-        return 4 * group[:, None] + results[None]
-    return 8 * (results[None] // 4) + 4 * group[:, None] + results[None] % 4
-
-
-def _values(op: Operand, dtype: str, count: int) -> Callable[[Wave], Lanes]:
-    """[64, count] fp32, from registers of two halves or one fp32 each."""
-    words = [bits32(op.part(i)) for i in range(count if dtype == "f32" else count // 2)]
+def _rows_of(op: Operand, side: int, depth: int, dtype: str) -> Callable[[Wave], Lanes]:
+    """[side, depth] fp32, from registers of two halves or one fp32 each."""
+    groups, halves = 64 // side, 1 if dtype == "f32" else 2
+    registers = depth // groups // halves
+    block = _block(op, registers)
 
     def read(w: Wave) -> Lanes:
-        raw = np.ascontiguousarray(np.stack([spread(word(w)) for word in words], 1))
+        raw = block(w)
         if dtype == "f32":
-            return raw.view(F32)
-        if dtype == "f16":
-            return raw.view(F16).astype(F32)
-        return (raw.view(np.uint16).astype(U32) << U32(16)).view(F32)
+            values = raw.view(F32)
+        elif dtype == "f16":
+            values = raw.view(F16).astype(F32)
+        else:
+            values = (raw.view(np.uint16).astype(U32) << U32(16)).view(F32)
+        return values.reshape(registers, groups, side, halves).transpose(2, 1, 0, 3).reshape(side, depth)
 
     return read
 
 
-def _addend(op: Operand, count: int) -> Callable[[Wave], Lanes]:
+def _block(op: Operand, count: int) -> Callable[[Wave], Lanes]:
+    """[count, 64] uint32: the registers themselves, not a copy."""
+    first, last = op.index, op.index + count
+    if op.kind == "v":
+        return lambda w: w.vector[first:last]
+    if op.kind == "a":
+        return lambda w: w.accumulators[first:last]
+    raise EmulationError(f"operand {op.text!r} of a matrix instruction", given=op.text, accepted="vector registers")
+
+
+def _addend(op: Operand) -> Callable[[Wave], Lanes]:
     if not op.is_register:
         constant = np.full(1, op.index & 0xFFFFFFFF, U32).view(F32)
         return lambda w: constant
-    words = [bits32(op.part(i)) for i in range(count)]
-    return lambda w: np.stack([spread(word(w)) for word in words], 1).view(F32)
+    block = _block(op, op.count)
+    return lambda w: block(w).view(F32)

@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attn_wave.emulator.faults import MemoryFaultError
+
+#: The lanes of a wave of which none is switched off: always this array.
+ALL: Final = np.ones(64, bool)
+ALL.setflags(write=False)
+#: A type of so many bytes, and which power of two that is.
+_UNITS: Final = {1: (np.uint8, 0), 2: (np.uint16, 1), 4: (np.uint32, 2), 8: (np.uint64, 3), 16: (np.complex128, 4)}
+_BYTES: Final = {size: np.arange(size) for size in (1, 2, 4, 8, 12, 16)}
+
+
+def read_bytes(data: NDArray[np.uint8], start: NDArray[np.int64], size: int) -> NDArray[np.uint8]:
+    """[n, size] bytes of ``data`` at each of ``start`` [n], all of which lie inside; quickest at multiples of size."""
+    if size not in _UNITS or (start & (size - 1)).any():
+        found: NDArray[np.uint8] = data[start[:, None] + _BYTES[size]]
+        return found
+    unit, power = _UNITS[size]
+    units: NDArray[Any] = data[: data.size >> power << power].view(unit)
+    return units.take(start >> power).view(np.uint8).reshape(-1, size)
+
+
+def write_bytes(data: NDArray[np.uint8], start: NDArray[np.int64], given: NDArray[np.uint8]) -> None:
+    """Puts ``given`` [n, size] at each of ``start`` [n], all inside; of two at one place the later stays."""
+    data[start[:, None] + _BYTES[given.shape[1]]] = given
 
 
 @dataclass(slots=True, eq=False)
@@ -55,10 +77,14 @@ class Memory:
 
     def load(self, addresses: NDArray[Any], size: int, active: NDArray[np.bool_], what: str) -> NDArray[np.uint8]:
         """[64, size] bytes, those of the active lanes read at their ``addresses``."""
+        if active is ALL:
+            lowest = int(addresses.min())
+            buffer = self.find(lowest, size, what)
+            if int(addresses.max()) + size <= buffer.end:
+                return read_bytes(buffer.data, (addresses - np.uint64(buffer.base)).view(np.int64), size)
         out = np.zeros((64, size), np.uint8)
         for lanes, buffer in self._groups(addresses, size, active, what):
-            start = (addresses[lanes] - np.uint64(buffer.base)).astype(np.int64)
-            out[lanes] = buffer.data[start[:, None] + np.arange(size)]
+            out[lanes] = read_bytes(buffer.data, (addresses[lanes] - np.uint64(buffer.base)).view(np.int64), size)
         return out
 
     def store(self, addresses: NDArray[Any], data: NDArray[np.uint8], active: NDArray[np.bool_], what: str) -> None:
@@ -67,8 +93,7 @@ class Memory:
         for lanes, buffer in self._groups(addresses, size, active, what):
             if not buffer.writable:
                 raise MemoryFaultError(f"{what} writes to {buffer.name}, which is only read", given=buffer.name)
-            start = (addresses[lanes] - np.uint64(buffer.base)).astype(np.int64)
-            buffer.data[start[:, None] + np.arange(size)] = data[lanes]
+            write_bytes(buffer.data, (addresses[lanes] - np.uint64(buffer.base)).view(np.int64), data[lanes])
 
     def _groups(
         self, addresses: NDArray[Any], size: int, active: NDArray[np.bool_], what: str

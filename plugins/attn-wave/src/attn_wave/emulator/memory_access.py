@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attn_wave.emulator.faults import EmulationError, MemoryFaultError
 from attn_wave.emulator.instructions import Instruction, Operand
+from attn_wave.emulator.memory import read_bytes, write_bytes
 from attn_wave.emulator.operands import bits32, bits64, scalar32, scalar64, set_lanes
 from attn_wave.emulator.wave import I32, I64, LOW64, U32, U64, Action, Lanes, Wave, spread
 
@@ -98,8 +99,10 @@ def _gathered(data: Operand, size: int, half: str) -> Callable[[Wave], NDArray[n
     shift = U32(16 if half.endswith("hi") else 0)
 
     def read(w: Wave) -> NDArray[np.uint8]:
-        rows = np.stack([spread(word(w)) for word in words], 1) >> shift
-        return np.ascontiguousarray(rows).view(np.uint8)[:, :size]
+        rows = np.empty((64, len(words)), U32)
+        for i, word in enumerate(words):
+            rows[:, i] = word(w)
+        return (rows >> shift if shift else rows).view(np.uint8)[:, :size]
 
     return read
 
@@ -156,7 +159,8 @@ def _lds(instruction: Instruction, match: re.Match[str]) -> Action:
     def write(w: Wave) -> None:
         start = spread(where(w))
         for offset, gather in gathers:
-            w.lds[_lds_place(w, start, offset, size, instruction)] = gather(w)[w.active]
+            data = gather(w)
+            write_bytes(w.lds, _lds_place(w, start, offset, size, instruction), data if w.full else data[w.active])
 
     return write
 
@@ -172,20 +176,23 @@ def _lds_read(instruction: Instruction, size: int, half: str, offsets: list[int]
     def read(w: Wave) -> None:
         start = spread(where(w)).copy()  # the result may take the address's register
         for offset, deliver in zip(offsets, delivers, strict=True):
-            data = np.zeros((64, size), np.uint8)
-            data[w.active] = w.lds[_lds_place(w, start, offset, size, instruction)]
-            deliver(w, data)
+            found = read_bytes(w.lds, _lds_place(w, start, offset, size, instruction), size)
+            if w.full:
+                deliver(w, found)
+            else:
+                data = np.zeros((64, size), np.uint8)
+                data[w.active] = found
+                deliver(w, data)
 
     return read
 
 
-def _lds_place(w: Wave, start: Lanes, offset: int, size: int, instruction: Instruction) -> NDArray[Any]:
-    """[active lanes, size] indices into the LDS. Raises MemoryFaultError for any outside."""
-    first = start[w.active].astype(I64) + offset
+def _lds_place(w: Wave, start: Lanes, offset: int, size: int, instruction: Instruction) -> Lanes:
+    """Where the active lanes begin in the LDS, bytes. Raises MemoryFaultError for any outside."""
+    first = (start if w.full else start[w.active]).astype(I64) + offset
     if first.size and (int(first.min()) < 0 or int(first.max()) + size > w.lds.size):
         raise MemoryFaultError(
             f"{instruction.text} at {instruction.address:#x}: LDS bytes {first.min()} to {first.max() + size}",
             accepted=f"0 to {w.lds.size}, which the code object asks for",
         )
-    place: NDArray[Any] = first[:, None] + np.arange(size)
-    return place
+    return first

@@ -116,7 +116,13 @@ def bits64(op: Operand) -> ReadLanes:
     """uint64 of each lane, or one for all."""
     if op.kind in ("v", "a"):
         low, high = bits32(op.part(0)), bits32(op.part(1))
-        return lambda w: low(w).astype(U64) | high(w).astype(U64) << U64(32)
+
+        def both(w: Wave) -> Lanes:
+            words = np.empty(128, U32)
+            words[0::2], words[1::2] = low(w), high(w)
+            return words.view(U64)
+
+        return both
     read = scalar64(op)
     return lambda w: U64(read(w))
 
@@ -177,8 +183,9 @@ def set_lanes64(op: Operand) -> WriteLanes:
     low, high = set_lanes(op.part(0)), set_lanes(op.part(1))
 
     def write(w: Wave, value: Any) -> None:
-        low(w, (value & U64(LOW32)).astype(U32))
-        high(w, (value >> U64(32)).astype(U32))
+        words = spread(value).view(U32)
+        low(w, words[0::2])
+        high(w, words[1::2])
 
     return write
 

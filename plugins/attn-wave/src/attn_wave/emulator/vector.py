@@ -50,22 +50,30 @@ def _float(instruction: Instruction, function: arithmetic.Function) -> Action:
     write = lanes.write(into)
     reads = [float32(op, lanes.read(op, i)) for i, op in enumerate(sources)]
     finish = _finish(instruction)
+    if finish is None and len(reads) == 2:
+        left, right = reads
+        return lambda w: write(w, function(left(w), right(w)).view(U32))
+    if finish is None:
+        return lambda w: write(w, function(*[read(w) for read in reads]).view(U32))
     return lambda w: write(w, np.asarray(finish(function(*[read(w) for read in reads])), F32).view(U32))
 
 
-def _finish(instruction: Instruction) -> Callable[[Any], Any]:
+def _finish(instruction: Instruction) -> Callable[[Any], Any] | None:
     """What the output modifiers do: a factor of 2, 4 or a half, and a clamp to 0..1."""
     modifiers = instruction.modifiers
     factor = F32(modifiers.get("mul", "1")) / F32(modifiers.get("div", "1"))
     if "clamp" in modifiers:
         return lambda x: np.clip(x * factor, F32(0), F32(1))
-    return (lambda x: x) if factor == 1 else (lambda x: x * factor)
+    return None if factor == 1 else (lambda x: x * factor)
 
 
 def _integer(instruction: Instruction, function: arithmetic.Function) -> Action:
     lanes = LaneReads(instruction)
     into, *sources = instruction.operands
     write, reads = lanes.write(into), [lanes.read(op, i) for i, op in enumerate(sources)]
+    if len(reads) == 2:
+        left, right = reads
+        return lambda w: write(w, function(left(w), right(w)))
     return lambda w: write(w, function(*[read(w) for read in reads]))
 
 

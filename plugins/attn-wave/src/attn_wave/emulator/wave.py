@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from attn_wave.emulator.memory import Memory
+from attn_wave.emulator.memory import ALL, Memory
 
 Lanes = NDArray[Any]
 #: Does one instruction to a wave; gives the place to go on at, or None for the next instruction.
@@ -43,8 +43,8 @@ class Wave:
     def set_exec(self, mask: int) -> None:
         """Makes the lanes of ``mask`` the active ones."""
         self.scalar[EXEC], self.scalar[EXEC + 1] = mask & LOW32, (mask >> 32) & LOW32
-        self.active = lanes_of(mask)
         self.full = mask == LOW64
+        self.active = ALL if self.full else lanes_of(mask)
 
     @property
     def exec_mask(self) -> int:
@@ -61,7 +61,7 @@ def lanes_of(mask: int) -> NDArray[np.bool_]:
 
 def mask_of(lanes: Lanes) -> int:
     """The 64-bit mask of the lanes that are true."""
-    return int(_POWERS[lanes].sum(dtype=U64))
+    return int.from_bytes(np.packbits(lanes, bitorder="little").tobytes(), "little")
 
 
 def spread(value: Any) -> Lanes:
