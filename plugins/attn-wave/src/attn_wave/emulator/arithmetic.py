@@ -54,7 +54,7 @@ def _bytes(a: Any, b: Any, choice: Any) -> Any:
         plan = _moves(int(choice))
         if plan is not None:
             ones, moves = plan
-            result = ones
+            result: Any = ones
             for of_a, left, mask in moves:
                 source = a if of_a else b
                 moved = source << U32(left) if left >= 0 else source >> U32(-left)
