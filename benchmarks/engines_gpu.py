@@ -105,7 +105,7 @@ def modes_seen() -> Iterator[list[str]]:
         seen.append(batch.mode.name)
         return start(self, batch, *args)
 
-    PagedCache._start = note  # type: ignore[method-assign]
+    PagedCache._start = note  # type: ignore[method-assign,assignment]
     try:
         yield seen
     finally:
@@ -187,7 +187,9 @@ def batched(implementation: str, dtype: torch.dtype) -> dict[str, Any]:
         model(torch.tensor([PROMPT[:4]], device=DEVICE), use_cache=False)  # a refusal would be lost in its thread
     results = model.generate_batch(
         inputs=prompts,
-        generation_config=hf.GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0),
+        generation_config=hf.GenerationConfig(  # type: ignore[no-untyped-call]
+            max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0
+        ),
         continuous_batching_config=hf.ContinuousBatchingConfig(
             page_size=16, num_blocks=64, max_batch_tokens=16, use_cuda_graph=False, auto_switch_to_flash=False
         ),
@@ -232,7 +234,7 @@ def run_checks(implementation: str, dtype: str, out: Path, seconds: float) -> No
     begun, rows = time.monotonic(), []
     path = out / f"checks-{implementation}-{dtype}.json"
     for what, check in checks(implementation, getattr(torch, dtype)):
-        label = {"implementation": implementation, "dtype": dtype, "check": what}
+        label: dict[str, Any] = {"implementation": implementation, "dtype": dtype, "check": what}
         if time.monotonic() - begun > seconds:
             rows.append({**label, "not_run": "out of time"})
             continue
@@ -261,13 +263,14 @@ def times(implementations: list[str], batch_size: int, context: int, rounds: int
     """Milliseconds of a decode step of each: medians over rounds that take them in changing turns."""
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        model = hf.LlamaForCausalLM(hf.LlamaConfig(**config)).to(torch.bfloat16).eval()
+        model: Any = hf.LlamaForCausalLM(hf.LlamaConfig(**config))
+    model = model.to(torch.bfloat16).eval()
     prompt = torch.randint(5, config["vocab_size"], (batch_size, context), device=DEVICE)
     token, caches, notes = prompt[:, :1], {}, {}
     for name in implementations:
         try:
             model.set_attn_implementation(name)
-            room = {"max_batch_size": batch_size, "max_seq_len": context + rounds + 8}
+            room: dict[str, Any] = {"max_batch_size": batch_size, "max_seq_len": context + rounds + 8}
             cache = PagedCache(model, **room) if name.startswith("attn") else hf.DynamicCache(config=model.config)
             last = model(prompt, past_key_values=cache, logits_to_keep=1).logits
             for _ in range(4):
