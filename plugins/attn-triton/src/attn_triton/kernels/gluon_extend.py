@@ -1,15 +1,15 @@
 """Extend attention for Hopper in Gluon: which rows a program takes, its shared memory, and its roles (gluon_rows.py).
 
 STAY: there are as many programs as multiprocessors, and each takes row blocks until none is left. Its producer takes
-the next one and asks for its keys while the groups are busy with the one before; it says which through two slots, with
-barriers of their own. Stages are counted on over all row blocks of a program.
+the next one that has rows and asks for its keys while the groups are busy with the one before; it says which through
+two slots, with barriers of their own. Stages are counted on over all row blocks of a program.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma_wait
 
-from attn_triton.kernels.gluon_rows import ROWS, consume, produce
+from attn_triton.kernels.gluon_rows import ROWS, bring_queries, consume, produce, walk, write_rows
 
 
 @gluon.jit
@@ -64,16 +64,17 @@ def keep_producing(
     turn = 0
     more = item >= 0
     while more:
-        mbarrier.wait(heard.index(turn % 2), ((turn // 2) & 1) ^ 1)
-        slots.index(turn % 2).store(gl.full([1], item, gl.int32, one))
-        gl.thread_barrier()
-        mbarrier.arrive(told.index(turn % 2), count=1)
-        turn += 1
+        b, h, _, _, _, length, tiles = place_of(
+            gl.minimum(item, items - 1), STARTS, LENGTHS, TILE_MAP, batch, blocks, HKV, GROUP, BM, BN, MAPPED, BY_HEAD
+        )
         more = item < items
+        if tiles > 0 or not more:
+            mbarrier.wait(heard.index(turn % 2), ((turn // 2) & 1) ^ 1)
+            slots.index(turn % 2).store(gl.full([1], item, gl.int32, one))
+            gl.thread_barrier()
+            mbarrier.arrive(told.index(turn % 2), count=1)
+            turn += 1
         if more:
-            b, h, _, _, _, length, tiles = place_of(
-                item, STARTS, LENGTHS, TILE_MAP, batch, blocks, HKV, GROUP, BM, BN, MAPPED, BY_HEAD
-            )
             produce(
                 K_POOL, V_POOL, PAGES + b.to(gl.int64) * page_stride, k_boxes, v_boxes, k_full, v_full, k_free, v_free,
                 count, tiles, gl.maximum(length - 1, 0) // PAGE, h * ROWS_HEAD, h * COLUMNS_HEAD, BN // BOX, BOX, BN,
@@ -88,37 +89,60 @@ def keep_producing(
 
 
 @gluon.jit
+def hear(slots, told, heard, turn):
+    """The row block that the producer says next; one behind the last when there is none left."""
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    mbarrier.wait(told.index(turn % 2), (turn // 2) & 1)
+    item = gl.max(slots.index(turn % 2).load(one), 0)
+    gl.thread_barrier()
+    mbarrier.arrive(heard.index(turn % 2), count=1)
+    return item
+
+
+@gluon.jit
 def keep_consuming(
     Q, OUT, LSE, STARTS, LENGTHS, TILE_MAP, items, batch, blocks, q_tiles, k_tiles, v_tiles, k_full, v_full, k_free,
     v_free, cleared, slots, told, heard, q_token, q_head, out_token, out_head, scale, v_scale, WHICH: gl.constexpr,
     HKV: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
     MAPPED: gl.constexpr, BY_HEAD: gl.constexpr, HAS_LSE: gl.constexpr, UNIT: gl.constexpr,
 ):  # fmt: skip
-    """One group of a program that stays: the row blocks that its producer takes."""
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    """One group of a program that stays: the row blocks that its producer takes. The queries of the next one are
+    brought while the last product of the one before is under way.
+    """
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    flat: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    q = q_tiles.index(WHICH)
+    item = hear(slots, told, heard, 0)
+    b, h, block, q_start, query_len, length, tiles = place_of(
+        gl.minimum(item, items - 1), STARTS, LENGTHS, TILE_MAP, batch, blocks, HKV, GROUP, BM, BN, MAPPED, BY_HEAD
+    )
+    first = (block * 2 + WHICH) * ROWS
+    bring_queries(Q, q, h, first, q_start, query_len, q_token, q_head, GROUP, UNIT, flat)
     count = 0
     tails = 0
-    turn = 0
-    more = items > 0
-    while more:
-        mbarrier.wait(told.index(turn % 2), (turn // 2) & 1)
-        item = gl.max(slots.index(turn % 2).load(one), 0)
-        gl.thread_barrier()
-        mbarrier.arrive(heard.index(turn % 2), count=1)
+    turn = 1
+    while item < items:
+        acc, top, total = walk(
+            q, k_tiles, v_tiles, k_full, v_full, k_free, v_free, cleared, first, length - query_len, length, count,
+            tails, tiles, scale, WHICH, GROUP, BN, STAGES, mma,
+        )  # fmt: skip
+        count += tiles
+        tails += (tiles * BN > length).to(gl.int32)
+        item = hear(slots, told, heard, turn)
         turn += 1
-        more = item < items
-        if more:
-            b, h, block, q_start, query_len, length, tiles = place_of(
-                item, STARTS, LENGTHS, TILE_MAP, batch, blocks, HKV, GROUP, BM, BN, MAPPED, BY_HEAD
-            )
-            if tiles > 0:
-                consume(
-                    Q, OUT, LSE, STARTS, b, h, block, q_start, query_len, length - query_len, length, q_tiles, k_tiles,
-                    v_tiles, k_full, v_full, k_free, v_free, cleared, count, tails, tiles, q_token, q_head, out_token,
-                    out_head, scale, v_scale, WHICH, GROUP, HKV * GROUP, BN, STAGES, HAS_LSE, UNIT, True,
-                )  # fmt: skip
-                count += tiles
-                tails += (tiles * BN > length).to(gl.int32)
+        done_b, done_h, done_first, done_len = b, h, first, query_len
+        b, h, block, q_start, query_len, length, tiles = place_of(
+            gl.minimum(item, items - 1), STARTS, LENGTHS, TILE_MAP, batch, blocks, HKV, GROUP, BM, BN, MAPPED, BY_HEAD
+        )
+        first = (block * 2 + WHICH) * ROWS
+        bring_queries(Q, q, h, first, q_start, query_len, q_token, q_head, GROUP, UNIT, flat)
+        o = warpgroup_mma_wait(0, deps=(acc,))
+        gl.thread_barrier()
+        mbarrier.arrive(v_free.index((count - 1) % STAGES), count=1)
+        write_rows(
+            OUT, LSE, STARTS, o, top, total, done_b, done_h, done_first, done_len, out_token, out_head, v_scale, GROUP,
+            HKV * GROUP, HAS_LSE, UNIT, mma, flat,
+        )  # fmt: skip
 
 
 @gluon.jit(
@@ -247,8 +271,8 @@ def gluon_extend_kernel(
                         (
                             Q, OUT, LSE, STARTS, b, h, block, q_start, query_len, prefix, length, q_tiles, k_tiles,
                             v_tiles,
-                            k_full, v_full, k_free, v_free, cleared, 0, 0, tiles, q_token, q_head, out_token, out_head,
-                            scale, v_scale, 0, GROUP, HKV * GROUP, BN, STAGES, HAS_LSE, UNIT, False,
+                            k_full, v_full, k_free, v_free, cleared, tiles, q_token, q_head, out_token, out_head,
+                            scale, v_scale, 0, GROUP, HKV * GROUP, BN, STAGES, HAS_LSE, UNIT,
                         ),
                     ),
                     (
@@ -256,8 +280,8 @@ def gluon_extend_kernel(
                         (
                             Q, OUT, LSE, STARTS, b, h, block, q_start, query_len, prefix, length, q_tiles, k_tiles,
                             v_tiles,
-                            k_full, v_full, k_free, v_free, cleared, 0, 0, tiles, q_token, q_head, out_token, out_head,
-                            scale, v_scale, 1, GROUP, HKV * GROUP, BN, STAGES, HAS_LSE, UNIT, False,
+                            k_full, v_full, k_free, v_free, cleared, tiles, q_token, q_head, out_token, out_head,
+                            scale, v_scale, 1, GROUP, HKV * GROUP, BN, STAGES, HAS_LSE, UNIT,
                         ),
                     ),
                     (

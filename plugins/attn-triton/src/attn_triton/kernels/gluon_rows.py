@@ -139,30 +139,29 @@ def run_tiles(
 
 
 @gluon.jit
-def consume(
-    Q, OUT, LSE, STARTS, b, h, block, q_start, query_len, prefix, length, q_tiles, k_tiles, v_tiles, k_full, v_full,
-    k_free, v_free, cleared, count, tails, tiles, q_token, q_head, out_token, out_head, scale, v_scale,
-    WHICH: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-    HAS_LSE: gl.constexpr, UNIT: gl.constexpr, STAY: gl.constexpr,
+def bring_queries(
+    Q, q, h, first, q_start, query_len, q_token, q_head, GROUP: gl.constexpr, UNIT: gl.constexpr, flat: gl.constexpr
 ):  # fmt: skip
-    """One group: its 64 rows of the queries to shared memory, all tiles, the output. ``count``: tiles that the program
-    had already; ``tails``: how many times it cleared a tail.
-    """
-    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
-    flat: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    row_layout: gl.constexpr = gl.SliceLayout(1, mma)
-    first = (block * 2 + WHICH) * ROWS
+    """The ROWS rows from ``first`` on into shared memory, zeros where there are none."""
     rows = first + gl.arange(0, ROWS, gl.SliceLayout(1, flat))
     token = rows // GROUP
     column = gl.arange(0, 128, gl.SliceLayout(0, flat))
-    live = token < query_len
     q_at = ((q_start + token).to(gl.int64) * q_token + (h * GROUP + rows % GROUP) * q_head) * UNIT
-    q = q_tiles.index(WHICH)
-    q.store(gl.load(Q + q_at[:, None] + column[None, :], mask=live[:, None], other=0.0))
+    q.store(gl.load(Q + q_at[:, None] + column[None, :], mask=(token < query_len)[:, None], other=0.0))
     fence_async_shared()
     gl.thread_barrier()
-    m_rows = first + gl.arange(0, ROWS, row_layout)
-    last_seen = gl.minimum(prefix + m_rows // GROUP, length - 1)
+
+
+@gluon.jit
+def walk(
+    q, k_tiles, v_tiles, k_full, v_full, k_free, v_free, cleared, first, prefix, length, count, tails, tiles, scale,
+    WHICH: gl.constexpr, GROUP: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr,
+):  # fmt: skip
+    """All tiles of the rows from ``first`` on: what their values add up to, with the last product under way, and their
+    running softmax. ``count``: tiles that the program had already; ``tails``: how many times it cleared a tail.
+    """
+    row_layout: gl.constexpr = gl.SliceLayout(1, mma)
+    last_seen = gl.minimum(prefix + (first + gl.arange(0, ROWS, row_layout)) // GROUP, length - 1)
     full = gl.minimum(gl.maximum(prefix + first // GROUP + 1, 0) // BN, tiles)
     top = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
     total = gl.full([ROWS], 0.0, gl.float32, row_layout)
@@ -193,18 +192,50 @@ def consume(
             mbarrier.arrive(cleared.index(tails % 2), count=1)
         else:
             mbarrier.wait(cleared.index(tails % 2), (tails // 2) & 1)
-    acc = warpgroup_mma(p, v_tiles.index(last), acc, is_async=True)
-    o = warpgroup_mma_wait(0, deps=(acc,))
-    if STAY:
-        gl.thread_barrier()
-        mbarrier.arrive(v_free.index(last), count=1)
+    return warpgroup_mma(p, v_tiles.index(last), acc, is_async=True), top, total
+
+
+@gluon.jit
+def write_rows(
+    OUT, LSE, STARTS, o, top, total, b, h, first, query_len, out_token, out_head, v_scale, GROUP: gl.constexpr,
+    HEADS: gl.constexpr, HAS_LSE: gl.constexpr, UNIT: gl.constexpr, mma: gl.constexpr, flat: gl.constexpr,
+):  # fmt: skip
+    """The rows from ``first`` on, and their log of sums."""
     inverse = v_scale / gl.where(total > 0.0, total, 1.0)
     # Read again, volatile, so that the row offsets are computed again and hold no registers across the loops.
     q_start = gl.load(STARTS + b, volatile=True)
+    rows = first + gl.arange(0, ROWS, gl.SliceLayout(1, flat))
+    token = rows // GROUP
+    column = gl.arange(0, 128, gl.SliceLayout(0, flat))
     out_at = ((q_start + token).to(gl.int64) * out_token + (h * GROUP + rows % GROUP) * out_head) * UNIT
     o = gl.convert_layout((o * inverse[:, None]).to(OUT.dtype.element_ty), flat)
-    gl.store(OUT + out_at[:, None] + column[None, :], o, mask=live[:, None])
+    gl.store(OUT + out_at[:, None] + column[None, :], o, mask=(token < query_len)[:, None])
     if HAS_LSE:
+        m_rows = first + gl.arange(0, ROWS, gl.SliceLayout(1, mma))
         base2 = gl.where(total > 0.0, top + gl.log2(gl.where(total > 0.0, total, 1.0)), float("-inf"))
         lse_at = (q_start + m_rows // GROUP) * HEADS + h * GROUP + m_rows % GROUP
         gl.store(LSE + lse_at, base2 * 0.6931471805599453, mask=m_rows // GROUP < query_len)
+
+
+@gluon.jit
+def consume(
+    Q, OUT, LSE, STARTS, b, h, block, q_start, query_len, prefix, length, q_tiles, k_tiles, v_tiles, k_full, v_full,
+    k_free, v_free, cleared, tiles, q_token, q_head, out_token, out_head, scale, v_scale,
+    WHICH: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    HAS_LSE: gl.constexpr, UNIT: gl.constexpr,
+):  # fmt: skip
+    """One group of a program for one block of rows: its 64 rows of the queries, all tiles, the output."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16])
+    flat: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    first = (block * 2 + WHICH) * ROWS
+    q = q_tiles.index(WHICH)
+    bring_queries(Q, q, h, first, q_start, query_len, q_token, q_head, GROUP, UNIT, flat)
+    acc, top, total = walk(
+        q, k_tiles, v_tiles, k_full, v_full, k_free, v_free, cleared, first, prefix, length, 0, 0, tiles, scale, WHICH,
+        GROUP, BN, STAGES, mma,
+    )  # fmt: skip
+    o = warpgroup_mma_wait(0, deps=(acc,))
+    write_rows(
+        OUT, LSE, STARTS, o, top, total, b, h, first, query_len, out_token, out_head, v_scale, GROUP, HEADS, HAS_LSE,
+        UNIT, mma, flat,
+    )  # fmt: skip
