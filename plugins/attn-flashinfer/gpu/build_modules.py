@@ -29,6 +29,7 @@ from attn_core.planning.manifest import Manifest
 from attn_core.planning.system import System
 from attn_core.testing.generation import generate_cases
 from attn_flashinfer.modules import Module, modules_of
+from unused_masks import leave_out
 
 AOT = Path(flashinfer.__file__).parent / "data" / "aot"
 PACK_BYTES = 15 << 20
@@ -69,6 +70,7 @@ def build(modules: list[Module], seconds: float, at_once: int, skip: frozenset[s
             return
         begun = time.monotonic()
         try:
+            leave_out(module, [Path(source) for source in spec.sources])
             spec.build(verbose=False)
             place(spec.name, spec.jit_library_path)
             text = f"{time.monotonic() - begun:.0f} s"

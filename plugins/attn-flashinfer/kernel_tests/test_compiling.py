@@ -10,6 +10,10 @@ import sys
 #: kernel: types of its arguments that are no pointers to int32, and its constants
 KERNELS = {
     "_expand": ({"row_stride": "i32"}, {"TILE": 1024}),
+    "_refill": (
+        {"row_stride": "i32", "batch_size": "i32", "page_size": "i32"},
+        {"BATCH": 256, "TILE": 4096},
+    ),
     "_depths": ({"visible": "*u8", "drafts": "i32"}, {"Q": 16}),
     "_pack": (
         {"packed": "*u8", "visible": "*u8", "window": "i32", "num_spans": "i32", "drafts": "i32"},

@@ -7,6 +7,7 @@ import torch
 from attn_core.runtime.batch import ForwardBatch, ForwardMode, TreeMask
 from attn_flashinfer import masks, page_indices, sinks
 from attn_flashinfer.kernels import metadata
+from attn_flashinfer.key_buffers import KeyBuffers
 
 PARENTS = [[-1, 0, 0, 1, 3, -1], [-1, 0, 1, 2, 3, 4]]
 
@@ -22,6 +23,23 @@ def test_expand_gives_each_request_its_first_pages(counts: list[int], strided: b
     metadata.launch_expand(table, indptr, found, max(counts))
     page_indices.expand(table, indptr, wanted, longest=max(counts))
     assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 16])
+@pytest.mark.parametrize("lens", [[7], [0, 16, 1, 17], [9000, 1, 4097, 4096, 33]])
+def test_refill_is_what_graphs_read(lens: list[int], page_size: int) -> None:
+    buffers = KeyBuffers(6, 9000, page_size, torch.device("cpu"))
+    table = torch.randint(1, 1 << 20, (len(lens), 9001), dtype=torch.int32)[:, 1:]
+    lengths = torch.tensor(lens, dtype=torch.int32)
+    buffers.refill(lengths, lengths, table)
+    wanted = [buffers.indptr(len(lens)), buffers.last_page_len(len(lens)), buffers.indices]
+    indptr, last_page_len, indices = (torch.full((n,), -1, dtype=torch.int32) for n in (7, 6, 54000))
+    metadata.Refill(indptr, last_page_len, indices, page_size)(lengths, table, -(-max(lens) // page_size))
+    total = int(wanted[0][-1])
+    assert torch.equal(indptr[: len(lens) + 1], wanted[0])
+    assert torch.equal(last_page_len[: len(lens)], wanted[1])
+    assert torch.equal(indices[:total], wanted[2][:total])
+    assert (indices[total:] == -1).all(), "what lies behind the pages"
 
 
 def batch_of(what: str) -> ForwardBatch:

@@ -331,22 +331,29 @@ class MLA(Wrapper):
             assert heads == num_heads
             if is_causal and 64 % heads and heads != 128:
                 raise ValueError("MLA causal tile boundary is unsupported")
-            # the plan lies in the integer workspace, which another wrapper may share and overwrite
-            int_ws.tables = (qo_indptr.clone(), kv_indptr.clone(), kv_len_arr.clone())
-            return [heads, head_dim_v]
+            # what the planner writes, page-locked; whoever called copies it to the integer workspace, which another
+            # wrapper may share and overwrite
+            values = torch.cat([qo_indptr, kv_indptr, kv_len_arr]).view(torch.uint8)
+            pinned[: len(values)] = values
+            return [heads, head_dim_v], len(values)
+
+        def plan_and_copy(float_ws, int_ws, pinned, *rest):
+            layout, size = plan(float_ws, int_ws, pinned, *rest)
+            int_ws[:size] = pinned[:size]
+            return layout
 
         made = SimpleNamespace(
-            _cached_module=SimpleNamespace(plan=plan),
+            _cached_module=SimpleNamespace(plan=plan_and_copy, _module=SimpleNamespace(plan=plan)),
             _float_workspace_buffer=self._float_workspace_buffer,
-            _int_workspace_buffer=torch.empty(8),
-            _pin_memory_int_workspace_buffer=torch.empty(8),
+            _int_workspace_buffer=torch.empty(1 << 12, dtype=torch.uint8),
+            _pin_memory_int_workspace_buffer=torch.empty(1 << 12, dtype=torch.uint8),
             _causal=causal,
         )
         m = metadata
-        made._plan_info = plan(
+        made._plan_info = plan_and_copy(
             None,
             made._int_workspace_buffer,
-            None,
+            made._pin_memory_int_workspace_buffer,
             m.qo_indptr,
             m.kv_indptr,
             m.kv_len_arr,
@@ -367,7 +374,9 @@ class MLA(Wrapper):
         assert fp8 == (ckv_scale is not None) == (kpe_scale is not None)
         (q_nope, q_pe), (ckv, kpe) = query, kv_cache
         assert q_nope.shape[1] == a["num_heads"]
-        qo_indptr, kv_indptr, lens = self._planned_backend._int_workspace_buffer.tables
+        b = len(a["metadata"].kv_len_arr)
+        tables = self._planned_backend._int_workspace_buffer[: 4 * (3 * b + 2)].view(torch.int32)
+        qo_indptr, kv_indptr, lens = tables.split([b + 1, b + 1, b])
         out = torch.empty_like(q_nope) if out is None else out
         lse = torch.empty(q_nope.shape[:2])
         for b in range(len(lens)):

@@ -160,6 +160,18 @@ def test_the_order_of_the_mla_planners_tables_is_the_one_we_pass() -> None:
     ]  # fmt: skip
 
 
+def test_the_mla_planner_leaves_the_copy_of_its_tables_to_the_library_s_proxy_and_to_us() -> None:
+    """`mla_graphs._planner` calls what the proxy wraps, and makes the copy itself."""
+    text = source(FLASHINFER, "flashinfer/jit/attention/modules.py")
+    proxy = text[text.index("class _BatchMLAModuleProxy") :]
+    proxy = proxy[: proxy.index("def plan(self")]
+    assert "self._module = module" in proxy
+    assert "plan_info, staged_int_workspace_bytes = self._module.plan(*args)" in proxy
+    assert "device_bytes[:staged_int_workspace_bytes].copy_(staging, non_blocking=True)" in proxy
+    planner = source(FLASHINFER, "flashinfer/data/include/flashinfer/attention/scheduler.cuh")
+    assert "cudaMemcpyAsync" not in planner[planner.index("inline cudaError_t MLAPlan(") :]
+
+
 def test_the_traps_we_work_around_are_still_in_the_library() -> None:
     """If one is gone, its workaround can go too."""
     prefill = source(FLASHINFER, PREFILL[0])

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from attn_flashinfer.choice import LayerShape, Route, route
 from attn_flashinfer.key_buffers import KeyBuffers
-from attn_flashinfer.library import Library, errors_of
+from attn_flashinfer.library import RAISED, Library, errors_of, raised
 from attn_flashinfer.masks import SLACK, MaskPlan, pack
+from attn_flashinfer.page_indices import page_counts
 from attn_flashinfer.plan_tables import PlanTables, Replanned
 from attn_flashinfer.step import plan_options
 from attn_flashinfer.wrappers import Staging, workspace
@@ -128,18 +129,21 @@ class GraphPlanner:
         self._plan(captured, batch, first=False)
 
     def _refill(self, batch: ForwardBatch) -> None:
-        self.keys.refill(batch.seq_lens_cpu, batch.page_table)
+        self.keys.refill(batch.seq_lens_cpu, batch.seq_lens, batch.page_table)
         if self.encoder_keys is not None and batch.encoder_page_table is not None:
-            self.encoder_keys.refill(batch.encoder_seq_lens_cpu, batch.encoder_page_table)
+            assert batch.encoder_seq_lens is not None, "encoder pages without their lengths"
+            self.encoder_keys.refill(batch.encoder_seq_lens_cpu, batch.encoder_seq_lens, batch.encoder_page_table)
 
     def _plan(self, many: list[_Captured], batch: ForwardBatch, *, first: bool) -> None:
         windows = {captured.shape.window for captured in many if captured.way.masked}
         if windows:
             self._masks.refill(batch, self.keys.host_lens, windows)
-        for captured in many:
-            keys = self._keys(captured.shape)
-            with errors_of("planning a graph"):
+        try:
+            for captured in many:
+                keys = self._keys(captured.shape)
                 self._tables.plan(captured.planned, keys.host_indptr, keys.host_lens, first=first)
+        except RAISED as error:
+            raise raised(error, "planning a graph") from error
 
     def _new(self, batch: ForwardBatch, shape: LayerShape, way: Route) -> _Captured:
         b, q = batch.batch_size, batch.num_tokens // max(1, batch.batch_size)
@@ -154,7 +158,7 @@ class GraphPlanner:
             wrapper.reset_workspace_buffer(workspace(device), tables)
             self._choose_module(wrapper, shape, way, query_starts, options)
         sizes = self._sizes(shape, way, b, q, options["window_left"])
-        return _Captured(shape, way, Replanned(wrapper, query_starts, sizes))
+        return _Captured(shape, way, Replanned(wrapper, wrapper._cached_module.plan, query_starts, sizes))
 
     def _new_wrapper(self, shape: LayerShape, way: Route, b: int, q: int) -> Any:
         keys, device = self._keys(shape), self._cache.device
@@ -188,7 +192,8 @@ class GraphPlanner:
         the same number of tokens, which would make it look for kernels of its own for some numbers.
         """
         keys = self._keys(shape)
-        pages = (keys.host_indptr, keys.indices[:0], keys.host_last_page_len)
+        indptr, last_page_len = page_counts(keys.host_lens, self._cache.page_size)
+        pages = (indptr, keys.indices[:0], last_page_len)
         if way.decode:
             wrapper.plan(*pages, disable_split_kv=True, **options)
         else:

@@ -1,4 +1,4 @@
-"""The pages of a step where captured graphs read them, refilled by one copy and one kernel before every replay."""
+"""The pages of a step where captured graphs read them, refilled by one kernel before every replay."""
 
 from __future__ import annotations
 
@@ -9,36 +9,38 @@ import torch
 from attn_core.errors import BatchError
 from torch import Tensor
 
-from attn_flashinfer.page_indices import expand, on_host
-from attn_flashinfer.wrappers import Staging
+from attn_flashinfer.page_indices import on_host
 
 
-class _Lengths(NamedTuple):
-    """Views of one piece of page-locked memory: indptr [B + 1], last_page_len [B], and the same as numpy arrays."""
+class _Host(NamedTuple):
+    """Host memory of one batch size: pages [B], and their starts [B + 1] as numpy array and as tensor, all int32."""
 
-    indptr: Tensor
-    last_page_len: Tensor
+    pages: np.ndarray[Any, np.dtype[np.int32]]
     starts: np.ndarray[Any, np.dtype[np.int32]]
-    last: np.ndarray[Any, np.dtype[np.int32]]
+    after_first: np.ndarray[Any, np.dtype[np.int32]]
+    indptr: Tensor
 
 
 class KeyBuffers:
     """indptr [max_batch + 1], last_page_len [max_batch] and indices [max_batch * max_pages], int32, on the device.
 
-    After a refill ``host_indptr``, ``host_last_page_len`` and ``host_lens`` are those of the batch, until the next.
+    After a refill ``host_indptr`` [B + 1] and ``host_lens`` [B] are those of the batch, until the next.
     """
 
     def __init__(self, max_batch_size: int, max_pages: int, page_size: int, device: torch.device) -> None:
         self._page_size = page_size
         self._size = max_batch_size
-        self._staging = Staging(2 * max_batch_size + 1, torch.int32, device)
-        self._views: dict[tuple[int, int], _Lengths] = {}
-        self._pages = np.zeros(max_batch_size, dtype=np.int32)
+        self._hosts: dict[int, _Host] = {}
         self._lengths = torch.zeros(2 * max_batch_size + 1, dtype=torch.int32, device=device)
         self._indptrs: dict[int, Tensor] = {}
-        self.indices = torch.zeros(max_batch_size * max_pages, dtype=torch.int32, device=device)
+        self._room = max_batch_size * max_pages
+        self.indices = torch.zeros(self._room, dtype=torch.int32, device=device)
+        self._kernel: Any = None
+        if device.type == "cuda":
+            from attn_flashinfer.kernels.metadata import Refill
+
+            self._kernel = Refill(self._lengths, self.last_page_len(max_batch_size), self.indices, page_size)
         self.host_indptr = torch.zeros(1, dtype=torch.int32)
-        self.host_last_page_len = torch.zeros(0, dtype=torch.int32)
         self.host_lens = torch.zeros(0, dtype=torch.int32)
 
     @property
@@ -57,38 +59,41 @@ class KeyBuffers:
         """[B] on the device."""
         return self._lengths[self._size + 1 : self._size + 1 + batch_size]
 
-    def refill(self, lens: Tensor | None, page_table: Tensor) -> None:
-        """From host lengths [B] and the page table [B, pages]; no device-to-host copy, no allocation on the device."""
-        self.host_lens = on_host(lens, "seq_lens_cpu")
+    def refill(self, host_lens: Tensor | None, lens: Tensor, page_table: Tensor) -> None:
+        """From the lengths [B], on the host for the planner and on the device for its kernels, and the page table
+        [B, pages]; nothing is copied between the two, and nothing is allocated on the device.
+        """
+        self.host_lens = on_host(host_lens, "seq_lens_cpu")
         tokens = self.host_lens.numpy()
-        piece = self._staging.take()
-        host = self._host(piece, len(tokens))
-        pages = self._pages[: len(tokens)]
-        np.add(tokens, self._page_size - 1, out=pages)
-        np.floor_divide(pages, self._page_size, out=pages)
-        longest = int(pages.max(initial=0))
-        host.starts[0] = 0
-        np.cumsum(pages, out=host.starts[1:])
-        np.subtract(pages, 1, out=pages)
-        np.maximum(pages, 0, out=pages)
-        np.multiply(pages, self._page_size, out=pages)
-        np.subtract(tokens, pages, out=host.last)
-        count = int(host.starts[-1])
-        if count > len(self.indices):
+        host = self._hosts.get(len(tokens)) or self._host(len(tokens))
+        np.add(tokens, self._page_size - 1, out=host.pages)
+        np.floor_divide(host.pages, self._page_size, out=host.pages)
+        np.add.accumulate(host.pages, out=host.after_first)
+        if host.starts[-1] > self._room:
             raise BatchError(
-                f"{count} pages in graphs for {len(self.indices)}",
+                f"{host.starts[-1]} pages in graphs for {self._room}",
                 accepted="max_batch_size requests of max_context_len tokens",
                 hint="plan with a larger max_context_len",
             )
-        self.host_indptr, self.host_last_page_len = host.indptr, host.last_page_len
-        self._lengths.copy_(piece, non_blocking=True)
-        self._staging.mark_copied()
-        expand(page_table, self.indptr(len(tokens)), self.indices, longest=longest)
+        self.host_indptr = host.indptr
+        longest = int(np.maximum.reduce(host.pages, initial=0))
+        if self._kernel is not None:
+            self._kernel(lens, page_table, longest)
+        else:
+            self._fill(lens, page_table)
 
-    def _host(self, piece: Tensor, batch_size: int) -> _Lengths:
-        key = (piece.data_ptr(), batch_size)
-        found = self._views.get(key)
-        if found is None:
-            indptr, last = piece[: batch_size + 1], piece[self._size + 1 : self._size + 1 + batch_size]
-            found = self._views[key] = _Lengths(indptr, last, indptr.numpy(), last.numpy())
+    def _fill(self, lens: Tensor, page_table: Tensor) -> None:
+        """What the kernel does, for devices without one."""
+        b = len(lens)
+        pages = (lens + (self._page_size - 1)) // self._page_size
+        self._lengths[0] = 0
+        self._lengths[1 : b + 1] = pages.cumsum(0)
+        self.last_page_len(b).copy_(lens - (pages - 1).clamp(min=0) * self._page_size)
+        for row, first, count in zip(page_table, self._lengths[:b].tolist(), pages.tolist(), strict=True):
+            self.indices[first : first + count] = row[:count]
+
+    def _host(self, batch_size: int) -> _Host:
+        starts = np.zeros(batch_size + 1, dtype=np.int32)
+        pages = np.zeros(batch_size, dtype=np.int32)
+        found = self._hosts[batch_size] = _Host(pages, starts, starts[1:], torch.from_numpy(starts))
         return found

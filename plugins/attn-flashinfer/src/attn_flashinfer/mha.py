@@ -76,7 +76,7 @@ class FlashInferBackend(RaggedForward):
         batch.plan_state = self._graph_planner().capture(batch, self._shapes_of(batch))
 
     def init_forward_metadata_replay_cuda_graph(self, batch: ForwardBatch) -> None:
-        """One copy, one kernel for the page indices, and the library's own plan for each shape of layer."""
+        """One kernel for the page indices, and the library's own planner for each shape of layer."""
         self._graph_planner().replay(batch)
 
     def _graph_planner(self) -> GraphPlanner:

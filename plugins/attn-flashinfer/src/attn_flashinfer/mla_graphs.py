@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from attn_core.runtime.kv_cache import KVCache
 from torch import Tensor
 
 from attn_flashinfer.key_buffers import KeyBuffers
-from attn_flashinfer.library import errors_of
+from attn_flashinfer.library import RAISED, errors_of, raised
 from attn_flashinfer.mla_plan import LatentShape, MLAStep, plan_latent
 from attn_flashinfer.plan_tables import PlanTables, Replanned
 from attn_flashinfer.wrappers import workspace
@@ -47,7 +48,7 @@ class MLAGraphPlanner:
         b = batch.batch_size
         if b > self._max_batch_size:
             raise CapacityError(f"a graph of {b} requests", accepted=f"up to {self._max_batch_size}, as announced")
-        self.keys.refill(batch.seq_lens_cpu, batch.page_table)
+        self.keys.refill(batch.seq_lens_cpu, batch.seq_lens, batch.page_table)
         key = (batch.mode, b, batch.num_tokens)
         if key not in self._captured:
             self._captured[key] = {shape: self._new(batch, shape) for shape in shapes}
@@ -64,13 +65,15 @@ class MLAGraphPlanner:
         if captured is None:
             sizes = sorted({b for mode, b, _ in self._captured if mode is batch.mode})
             raise BatchError(f"{batch.mode.name} of {batch.batch_size} requests was not captured", accepted=sizes)
-        self.keys.refill(batch.seq_lens_cpu, batch.page_table)
+        self.keys.refill(batch.seq_lens_cpu, batch.seq_lens, batch.page_table)
         self._plan(captured, first=False)
 
     def _plan(self, many: dict[LatentShape, _Captured], *, first: bool) -> None:
-        for captured in many.values():
-            with errors_of("planning a graph"):
+        try:
+            for captured in many.values():
                 self._tables.plan(captured.planned, self.keys.host_indptr, self.keys.host_lens, first=first)
+        except RAISED as error:
+            raise raised(error, "planning a graph") from error
 
     def _new(self, batch: ForwardBatch, shape: LatentShape) -> _Captured:
         b, q = batch.batch_size, batch.num_tokens // max(1, batch.batch_size)
@@ -102,6 +105,25 @@ class MLAGraphPlanner:
             )
         # one set of plan tables for all batch sizes: one graph runs at a time, each planned just before it runs
         made = wrapper._planned_backend
-        made._int_workspace_buffer = self._workspaces.setdefault((shape, q), made._int_workspace_buffer)
+        tables = self._workspaces.get((shape, q))
+        if tables is None:
+            tables = self._workspaces[shape, q] = self._tables.workspace()
+        made._int_workspace_buffer = tables
         sizes = (shape.padded_heads, shape.latent_dim, made._causal)
-        return _Captured(wrapper, Replanned(made, query_starts, sizes))
+        return _Captured(wrapper, Replanned(made, _planner(made._cached_module), query_starts, sizes))
+
+
+def _planner(module: Any) -> Callable[..., Any]:
+    """The planner of a compiled module, and the copy of what it wrote.
+
+    The library's own, around it, allocates page-locked memory for each plan and copies the tables there first, since
+    its wrapper may plan again at once; `PlanTables` has memory that takes turns.
+    """
+    plan = module._module.plan
+
+    def call(floats: Tensor, tables: Tensor, piece: Tensor, *lengths_and_sizes: Any) -> Any:
+        layout, size = plan(floats, tables, piece, *lengths_and_sizes)
+        tables[:size].copy_(piece[:size], non_blocking=True)
+        return layout
+
+    return call

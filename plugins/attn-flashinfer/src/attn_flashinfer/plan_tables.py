@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -11,23 +12,24 @@ from torch import Tensor
 
 from attn_flashinfer.wrappers import Staging
 
-#: Room for the tables of one plan on the device, as much as a wrapper makes for itself.
-PLAN_BYTES: Final = 8 << 20
+#: Room for the tables of one plan; the library refuses a plan that needs more. Plans of MLA take 0.6 MB.
+PLAN_BYTES: Final = 2 << 20
 
 
 @dataclass(slots=True, eq=False)
 class Replanned:
     """A planned wrapper of one captured batch size.
 
-    made: what holds its compiled module and its workspaces, a paged wrapper or the planned backend of an MLA wrapper.
-    query_starts [B + 1] int32 on the host; sizes: what the module's planner takes after the lengths, in its order.
+    made: what holds its workspaces, a paged wrapper or the planned backend of an MLA wrapper; call: the planner of its
+    compiled module. query_starts [B + 1] int32 on the host; sizes: what that takes after the lengths, in its order.
     layout: where its tables lie and how many thread blocks its kernels have, which a captured graph keeps.
     """
 
     made: Any
+    call: Callable[..., Any]
     query_starts: Tensor
     sizes: tuple[Any, ...]
-    layout: list[int] = field(default_factory=list)
+    layout: Any = None
 
 
 class PlanTables:
@@ -51,18 +53,17 @@ class PlanTables:
         otherwise: the graph would read the wrong places.
         """
         made = planned.made
-        found = made._cached_module.plan(
+        found = planned.call(
             made._float_workspace_buffer, made._int_workspace_buffer, self._staging.take(), planned.query_starts,
             indptr, lens, *planned.sizes,
         )  # fmt: skip
         self._staging.mark_copied()
-        layout = list(found)
         if first:
-            made._plan_info, planned.layout = found, layout
-        elif layout != planned.layout:
+            made._plan_info = planned.layout = found
+        elif found != planned.layout:
             raise KernelError(
                 "FlashInfer laid out its plan otherwise than at capture",
-                given=layout,
-                accepted=planned.layout,
+                given=list(found),
+                accepted=list(planned.layout),
                 hint="capture again",
             )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import triton
 import triton.language as tl
 from attn_core.runtime.batch import ForwardBatch
 from torch import Tensor
+
+from attn_flashinfer.kernels.launching import current_stream, launcher
 
 _TILE = 1024
 _HEADS = 8
@@ -24,24 +26,81 @@ def _expand(page_table, indptr, indices, row_stride, TILE: tl.constexpr):
     tl.store(indices + first + column, tl.load(page_table + b.to(tl.int64) * row_stride + column, mask=live), mask=live)
 
 
-#: The one compiled form of `_expand`, by device: it assumes nothing of its arguments, so all launches share it.
+#: What launches the one compiled form of `_expand`, by device: it assumes nothing of its arguments.
 _EXPAND: dict[torch.device, Any] = {}
 
 
 def launch_expand(page_table: Tensor, indptr: Tensor, indices: Tensor, longest: int) -> None:
-    """See `page_indices.expand`. After the first launch past Triton's dispatch, which costs more than the kernel."""
-    row_stride, column_stride = page_table.stride()
-    if column_stride != 1:
-        page_table = page_table.contiguous()
-        row_stride = page_table.stride(0)
+    """See `page_indices.expand`."""
+    page_table = _dense_rows(page_table)
+    row_stride, device = page_table.stride(0), page_table.device
     grid = (page_table.shape[0], -(-longest // _TILE), 1)
-    kernel = _EXPAND.get(page_table.device)
-    if kernel is None:
-        launched = _expand[grid](page_table, indptr, indices, row_stride, TILE=_TILE, num_warps=4)
-        if launched is not None:  # Triton's interpreter compiles nothing
-            _EXPAND[page_table.device] = launched
+    launch = _EXPAND.get(device)
+    if launch is None:
+        compiled = _expand[grid](page_table, indptr, indices, row_stride, TILE=_TILE, num_warps=4)
+        if compiled is not None:  # Triton's interpreter compiles nothing
+            _EXPAND[device] = launcher(compiled)
         return
-    kernel[grid](page_table, indptr, indices, row_stride, _TILE)
+    pointers = page_table.data_ptr(), indptr.data_ptr(), indices.data_ptr()
+    launch(*grid[:2], current_stream(device), *pointers, row_stride, _TILE)
+
+
+def _dense_rows(page_table: Tensor) -> Tensor:
+    return page_table if page_table.stride(1) == 1 else page_table.contiguous()
+
+
+@triton.jit(
+    do_not_specialize=["row_stride", "batch_size", "page_size"],
+    do_not_specialize_on_alignment=["page_table", "lens", "indptr", "last_page_len", "indices"],
+)
+def _refill(
+    page_table, lens, indptr, last_page_len, indices, row_stride, batch_size, page_size,
+    BATCH: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0)
+    request = tl.arange(0, BATCH)
+    tokens = tl.load(lens + request, mask=request < batch_size, other=0)
+    pages = (tokens + page_size - 1) // page_size
+    first = tl.sum(tl.where(request < b, pages, 0), 0)
+    count = tl.sum(tl.where(request == b, pages, 0), 0)
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    live = column < count
+    tl.store(indices + first + column, tl.load(page_table + b.to(tl.int64) * row_stride + column, mask=live), mask=live)
+    if tl.program_id(1) == 0:
+        tl.store(indptr + b + 1, first + count)
+        tl.store(last_page_len + b, tl.load(lens + b) - tl.maximum(count - 1, 0) * page_size)
+        if b == 0:
+            tl.store(indptr, 0)
+
+
+class Refill:
+    """Page table and lengths of a step to indptr, last_page_len and indices, all of graphs': one tiled kernel."""
+
+    _LAUNCH: ClassVar[dict[tuple[torch.device, int], Any]] = {}
+
+    def __init__(self, indptr: Tensor, last_page_len: Tensor, indices: Tensor, page_size: int) -> None:
+        self._outputs = (indptr, last_page_len, indices)
+        self._pointers = tuple(output.data_ptr() for output in self._outputs)
+        self._page_size = page_size
+        self._device = indices.device
+        self._constants = triton.next_power_of_2(len(last_page_len)), 4 * _TILE
+
+    def __call__(self, lens: Tensor, page_table: Tensor, longest: int) -> None:
+        """``lens`` [B] and ``page_table`` [B, pages] on the device; ``longest``: the most pages of a request."""
+        page_table, lens = _dense_rows(page_table), lens.contiguous()
+        batch_size, row_stride = page_table.shape[0], page_table.stride(0)
+        x, y = batch_size, max(1, -(-longest // self._constants[1]))
+        launch = self._LAUNCH.get((self._device, self._constants[0]))
+        if launch is None:
+            compiled = _refill[x, y](
+                page_table, lens, *self._outputs, row_stride, batch_size, self._page_size,
+                BATCH=self._constants[0], TILE=self._constants[1], num_warps=8,
+            )  # fmt: skip
+            if compiled is not None:
+                self._LAUNCH[self._device, self._constants[0]] = launcher(compiled)
+            return
+        pointers = page_table.data_ptr(), lens.data_ptr(), *self._pointers
+        launch(x, y, current_stream(self._device), *pointers, row_stride, batch_size, self._page_size, *self._constants)
 
 
 @triton.jit
