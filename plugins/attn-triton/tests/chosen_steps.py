@@ -70,7 +70,47 @@ STEPS: Final[dict[str, ChosenStep]] = {
         layout="HND",
         kind={"sliding_window": 50, "softcap": 20.0, "sinks": True},
     ),
-    "decode over fp8": ChosenStep("schedule decode merge", (1, 1), (150, 40), _DECODE, kv_dtype="fp8_e4m3"),
+    "decode over fp8": ChosenStep("schedule gluon_decode merge", (1, 1), (150, 40), _DECODE, kv_dtype="fp8_e4m3"),
+    "decode over fp8 in pieces": ChosenStep(
+        "gluon_decode merge", (1,), (700,), _DECODE, heads=(8, 2), dtype="float16", kv_dtype="fp8_e5m2"
+    ),
+    "decode over fp8 with a window, a cap and sinks": ChosenStep(
+        "gluon_decode",
+        (1, 1),
+        (300, 40),
+        _DECODE,
+        heads=(6, 2),
+        widths=(64, 64),
+        kv_dtype="fp8_e4m3",
+        layout="HND",
+        kind={"sliding_window": 50, "softcap": 20.0, "sinks": True},
+    ),
+    "decode over fp8 in small pages, without the lengths": ChosenStep(
+        "schedule gluon_decode merge",
+        (1, 1),
+        (150, 370),
+        _DECODE,
+        heads=(16, 1),
+        widths=(128, 64),
+        kv_dtype="fp8_e5m2",
+        page=8,
+        kind={"sinks": True},
+        blind=True,
+    ),
+    "decode over fp8 in pages of no power of two, from the buffers of graphs": ChosenStep(
+        "refresh refresh schedule schedule gluon_decode merge",
+        (1, 1),
+        (2, 370),
+        _DECODE,
+        widths=(64, 128),
+        kv_dtype="fp8_e4m3",
+        page=48,
+        kind={"sliding_window": 130},
+        replayed=True,
+    ),
+    "decode over fp8, heads of another width": ChosenStep(
+        "schedule decode merge", (1, 1), (150, 40), _DECODE, widths=(96, 96), kv_dtype="fp8_e4m3"
+    ),
     "verify a tree": ChosenStep("tree_depth schedule decode merge", (4, 4), (70, 20), _VERIFY, tree=True),
     "decode from the buffers of graphs": ChosenStep(
         "refresh refresh schedule schedule decode merge", (1, 1), (200, 30), _DECODE, heads=(8, 2), replayed=True

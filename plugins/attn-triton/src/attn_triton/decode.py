@@ -7,7 +7,7 @@ from typing import Final
 
 from torch import Tensor
 
-from attn_triton import hopper_mla
+from attn_triton import hopper_decode, hopper_mla
 from attn_triton.chip import Chip
 from attn_triton.kernels.decode import decode_kernel
 from attn_triton.kinds import BoundLayer, value_scale
@@ -24,17 +24,21 @@ STRIDES, SCALES = slice(17, 21), slice(23, 26)
 
 @dataclass(slots=True, eq=False)
 class BoundAttend:
-    """The plain kernel for one kind of layers in one step, ready to launch."""
+    """A kernel over keys and values for one kind of layers in one step, ready to launch. ``strides`` and ``scales``:
+    where its arguments have the token and head strides of q and out; scale, cap and the values' scale.
+    """
 
     attend: Bound
     grid: int
+    strides: slice
+    scales: slice
 
     def run(self, q: Tensor, out: Tensor, lse: Tensor | None, bound: BoundLayer, scale: tuple[float, float]) -> None:
         """Whole rows into out and lse, parts into the workspace."""
         attend, layer = self.attend, bound.layer
         attend.place(q, bound.k_pool, bound.v_pool, layer.sinks, out, lse)
-        attend.values[STRIDES] = (*q.stride()[:2], *out.stride()[:2])
-        attend.values[SCALES] = (*scale, value_scale(layer))
+        attend.values[self.strides] = (*q.stride()[:2], *out.stride()[:2])
+        attend.values[self.scales] = (*scale, value_scale(layer))
         attend.launch(self.grid)
 
 
@@ -68,6 +72,9 @@ class DecodeKernels:
         merge = self.partitions.bind_merge(step, layer.kind, partition, out, lse)
         if hopper_mla.takes(self._chip, layer.kind, step):
             return BoundDecode(hopper_mla.bind(self._launchers, step, layer, partition, q, out, lse), merge)
+        if hopper_decode.takes(self._chip, layer.kind, step):
+            attend, grid = hopper_decode.bind(self._launchers, layer, partition, q, out, lse)
+            return BoundDecode(BoundAttend(attend, grid, hopper_decode.STRIDES, hopper_decode.SCALES), merge)
         return BoundDecode(self._plain(step, layer, partition, q, out, lse), merge)
 
     def _plain(
@@ -99,4 +106,4 @@ class DecodeKernels:
             ],
             moving=MOVING,
         )  # fmt: skip
-        return BoundAttend(attend, cut.groups * cut.tiles * geometry.num_kv_heads)
+        return BoundAttend(attend, cut.groups * cut.tiles * geometry.num_kv_heads, STRIDES, SCALES)

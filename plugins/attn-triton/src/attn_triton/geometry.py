@@ -48,7 +48,7 @@ class Strides:
 @dataclass(frozen=True, slots=True)
 class Geometry:
     """A layer as the kernels see it. Widths in elements; ``page_size`` 0: keys are given, not paged (strides.page
-    unused).
+    unused). ``aligned``: every row of both pools begins at a multiple of 16 bytes.
     """
 
     num_kv_heads: int
@@ -61,6 +61,7 @@ class Geometry:
     v: Strides
     dtype: torch.dtype
     kv_dtype: torch.dtype
+    aligned: bool = True
 
     @classmethod
     def of_cache(cls, layer: AttentionLayer, cache: KVCache, dtype: torch.dtype) -> Geometry:
@@ -93,6 +94,7 @@ class Geometry:
             v=_strides(v),
             dtype=dtype,
             kv_dtype=k.dtype,
+            aligned=_aligned(k) and _aligned(v),
         )
 
     @classmethod
@@ -174,3 +176,8 @@ class Geometry:
 def _strides(nhd: torch.Tensor) -> Strides:
     page, token, head, _ = nhd.stride()
     return Strides(page, token, head)
+
+
+def _aligned(nhd: torch.Tensor) -> bool:
+    places = [nhd.data_ptr(), *(stride * nhd.element_size() for stride in nhd.stride()[:3])]
+    return not any(place % 16 for place in places)

@@ -10,7 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from attn_triton import hopper_mla
+from attn_triton import hopper_decode, hopper_mla
 from attn_triton.chip import Chip
 from attn_triton.geometry import Geometry, power_of_two_from
 from attn_triton.kernels.join import merge_kernel, schedule_kernel
@@ -114,6 +114,8 @@ class Partitions:
     def _tile(self, step: Step, kind: Kind, load: Load) -> DecodeTile:
         if hopper_mla.takes(self.chip, kind, step):
             return hopper_mla.TILE
+        if hopper_decode.takes(self.chip, kind, step):
+            return hopper_decode.tile()
         rows, tree = step.max_query_len * kind.geometry.group, step.tree is not None and not kind.cross
         return decode_tile(self.chip, kind.geometry, rows, load, tree=tree)
 
@@ -151,6 +153,8 @@ class Partitions:
         tiles = [decode_tile(self.chip, geometry, rows, load) for load in LOADS]
         if hopper_mla.takes(self.chip, kind, None):
             tiles.append(hopper_mla.TILE)
+        if hopper_decode.takes(self.chip, kind, None):
+            tiles.append(hopper_decode.tile())
         programs = [
             max(self.chip.multiprocessors * t.per_sm, geometry.num_kv_heads * -(-rows // t.block_m)) for t in tiles
         ]

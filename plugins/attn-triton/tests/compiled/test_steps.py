@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 from attn_triton.backend import TritonBackend
-from attn_triton.kernels import decode, extend, gluon_extend, gluon_mla, join, write
+from attn_triton.kernels import decode, extend, gluon_decode, gluon_extend, gluon_mla, join, write
 from attn_triton.parameters import FORCED
 from chosen_steps import STEPS, step_faults
 from ptx_machine.launching import MachineLaunchers
@@ -61,7 +61,7 @@ def test_random_steps_are_right_as_compiled(seed: int) -> None:
 def test_the_steps_launch_every_kernel() -> None:
     kernels = {
         name
-        for module in (decode, extend, gluon_extend, gluon_mla, join, write)
+        for module in (decode, extend, gluon_decode, gluon_extend, gluon_mla, join, write)
         for name, value in vars(module).items()
         if name.endswith("_kernel") and hasattr(value, "arg_names")
     }
