@@ -9,9 +9,11 @@ python benchmarks/cuda_libraries.py trap NAME             one trap, in this proc
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -44,7 +46,7 @@ def main() -> None:
     if given.what[0] == "trap":
         from cuda.traps import run_trap
 
-        print(run_trap(given.what[1]))
+        print(json.dumps(run_trap(given.what[1])))
         return
     for what in given.what:
         _run(what, given)
@@ -61,17 +63,35 @@ def _run(what: str, given: argparse.Namespace) -> None:
             rows += speed_rows(given.seconds, name)
             results(rows, system).write(given.out / "cuda_libraries.json")
         return
+    if what == "host":
+        from cuda.host import host_rows
+
+        write_rows(given.out / "cuda_host.json", host_rows())
+        return
     if what == "traps":
         from cuda.traps import run_traps as run
     elif what == "mixed":
         from cuda.mixed_plans import run_mixed as run
     elif what == "models":
         from cuda.models import run_models as run
-    elif what == "host":
-        from cuda.speed import host_rows as run
     else:
         raise SystemExit(f"{what!r}: one of site, verify, speed, traps, mixed, models, host")
-    (given.out / f"{what}.json").write_text(json.dumps(run(), indent=1))
+    path = given.out / "cuda_models.json"
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    write_rows(path, [*before, *({"part": what, **row} for row in run())])
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A result file with this machine's device and versions."""
+    from attn_core.bench.results import SCHEMA
+    from attn_core.planning.system import detect
+    from attn_core.testing.devices import device_name
+
+    system = detect()
+    wanted = ("attn-", "torch", "flashinfer", "tokenspeed-fa3", "sgl-flash-mla", "flash-attn", "transformers", "triton")
+    versions = {name: version for name, version in sorted(system.dists.items()) if name.startswith(wanted)}
+    head = {"schema": SCHEMA, "version": 1, "device": device_name("cuda"), "date": str(datetime.date.today())}
+    path.write_text(json.dumps({**head, "versions": versions, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

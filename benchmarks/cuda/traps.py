@@ -1,7 +1,8 @@
-"""The known traps of the libraries, on the real libraries: each line says what was expected and what was found."""
+"""The known traps of the libraries, on the real ones: what was found, and whether our code may rely on it."""
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from attn_core.errors import KernelError
@@ -20,10 +22,13 @@ from attn_core.runtime.layer import AttentionLayer
 from attn_core.testing.reference import reference
 
 KIND = LayerKind(8, 2, 128, 128, layer_ids=(0,))
+#: Relative errors of bfloat16 lie below this, wrong masks and bases far above.
+CLOSE = 0.01
+Found = tuple[str, bool]
 LATENT = LayerKind(16, 1, 576, 512, kind="mla", scale=192**-0.5, layer_ids=(0,))
 
 
-def run_traps(seconds: float = 60) -> list[dict[str, str]]:
+def run_traps(seconds: float = 60) -> list[dict[str, Any]]:
     """Every trap in a process of its own, all at once: one that breaks the device breaks no other."""
     program = str(Path(__file__).parents[1] / "cuda_libraries.py")
     running = {
@@ -36,21 +41,23 @@ def run_traps(seconds: float = 60) -> list[dict[str, str]]:
     for name, process in running.items():
         try:
             said, errors = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
-            text = said.strip() or f"DIED {process.returncode}: {errors[-500:]}"
+            last = (said.strip().splitlines() or [""])[-1]
+            row = json.loads(last) if last else {"found": f"died {process.returncode}: {errors[-500:]}", "right": False}
         except subprocess.TimeoutExpired:
             process.kill()
-            text = f"NOT DONE in {seconds:.0f} s"
-        found.append({"trap": name, "found": text})
-        print(f"[traps] {name}: {text}", flush=True)
+            row = {"found": f"not done in {seconds:.0f} s", "right": False}
+        found.append({"trap": name, **row})
+        print(f"[traps] {found[-1]}", flush=True)
     return found
 
 
-def run_trap(name: str) -> str:
-    """What the trap of this name says; one that raises is a finding too."""
+def run_trap(name: str) -> dict[str, Any]:
+    """What the trap of this name found, and whether it is as expected; one that raises is not."""
     try:
-        return next(trap for trap in TRAPS if trap.__name__ == name)()
+        text, right = next(trap for trap in TRAPS if trap.__name__ == name)()
     except Exception:
-        return "RAISED " + traceback.format_exc(limit=4)
+        text, right = "raised " + traceback.format_exc(limit=4), False
+    return {"found": text, "right": right}
 
 
 def _step(kind: LayerKind, lens: list[int], page: int, query: list[int] | None = None):
@@ -73,20 +80,21 @@ def _step(kind: LayerKind, lens: list[int], page: int, query: list[int] | None =
     return config, cache, batch, q
 
 
-def _error(found: torch.Tensor, wanted: torch.Tensor) -> str:
-    return f"{float((found.double() - wanted).norm() / wanted.norm().clamp(min=1e-9)):.2e}"
+def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.double() - wanted).norm() / wanted.norm().clamp(min=1e-9))
 
 
-def fa3_build_refuses() -> str:
+def fa3_build_refuses() -> Found:
     from attn_fa3.backend import FA3Backend
 
     softcap = AttentionConfig(layers=(replace(KIND, softcap=30.0),))
     latent = AttentionConfig(layers=(LATENT,))
     codes = [[r.code + ":" + r.field for r in FA3Backend.build_reasons(c, "decode")] for c in (softcap, latent)]
-    return f"expected refusals of softcap and of MLA (qv): {codes}"
+    right = codes == [["build_unsupported:softcap"], ["build_unsupported:head_dim"]]
+    return f"refusals of softcap and of MLA (qv): {codes}", right
 
 
-def fa3_softcap_raises() -> str:
+def fa3_softcap_raises() -> Found:
     from attn_fa3.backend import FA3Backend
 
     config, cache, batch, q = _step(replace(KIND, softcap=5.0), [100], 16)
@@ -95,14 +103,14 @@ def fa3_softcap_raises() -> str:
     try:
         backend.forward(q, None, None, AttentionLayer.of_kind(config.layers[0], 0), batch)
     except KernelError as error:
-        return f"KernelError: {error.message}; cause {type(error.__cause__).__name__}"
-    return "NO ERROR: the library computed something"
+        return f"KernelError: {error.message}; cause {type(error.__cause__).__name__}", error.__cause__ is not None
+    return "no error: the library computed something", False
 
 
-def fa3_takes_sinks() -> str:
+def fa3_takes_sinks() -> Found:
     import flash_attn_interface as fa
 
-    texts = []
+    texts, right = [], True
     for lens, query in (([100, 900, 33], None), ([300, 200], [300, 77])):
         config, cache, batch, q = _step(replace(KIND, sinks=True), lens, 16, query)
         sinks = torch.randn(8, device="cuda").bfloat16()
@@ -117,14 +125,13 @@ def fa3_takes_sinks() -> str:
         wanted, with_sink = reference(q, layer, batch, cache)
         _, without = reference(q, AttentionLayer.of_kind(KIND, 0), batch, cache)
         lse = lse.t() if query else lse.squeeze(2)
-        texts.append(
-            f"out {_error(out.view_as(wanted), wanted)}, lse with the sink {_error(lse, with_sink)},"
-            f" without {_error(lse, without)}"
-        )
-    return "relative errors of the library's own sinks: " + "; ".join(texts)
+        errors = _error(out.view_as(wanted), wanted), _error(lse, with_sink), _error(lse, without)
+        texts.append(f"out {errors[0]:.1e}, lse with the sink {errors[1]:.1e}, without {errors[2]:.1e}")
+        right &= errors[0] < CLOSE and min(errors[1:]) < CLOSE
+    return "relative errors of the library's own sinks: " + "; ".join(texts), right
 
 
-def fa3_empty_rows() -> str:
+def fa3_empty_rows() -> Found:
     import flash_attn_interface as fa
 
     _, cache, batch, q = _step(KIND, [40, 16], 16)
@@ -133,7 +140,8 @@ def fa3_empty_rows() -> str:
         q.unsqueeze(1), cache.k(0), cache.v(0), cache_seqlens=lens, page_table=batch.page_table, causal=True,
         return_softmax_lse=True,
     )  # fmt: skip
-    return f"expected 0 and -inf: {float(out[0].abs().max())}, {float(lse[0].max())}"
+    found = float(out[0].abs().max()), float(lse[0].max())
+    return f"output and log-sum-exp of a row without keys: {found}", found == (0.0, -math.inf)
 
 
 def _flashinfer_decode(window_left: int = -1):
@@ -151,28 +159,30 @@ def _flashinfer_decode(window_left: int = -1):
     return wrapper, cache, batch, q
 
 
-def flashinfer_ignores_sinks() -> str:
+def flashinfer_ignores_sinks() -> Found:
     wrapper, cache, _, q = _flashinfer_decode()
     pools = (cache.k(0), cache.v(0))
     same = torch.equal(wrapper.run(q, pools), wrapper.run(q, pools, sinks=torch.full((8,), 9.0, device="cuda")))
-    return f"run(sinks=9) equals run(): {same} (True: ignored, so they are folded in by us)"
+    return f"run(sinks=9) equals run(): {same}; if so they are ignored, and folded in by us", same
 
 
-def flashinfer_window_keeps_one_more() -> str:
+def flashinfer_window_keeps_one_more() -> Found:
     wrapper, cache, batch, q = _flashinfer_decode(window_left=9)
     out = wrapper.run(q, (cache.k(0), cache.v(0)))
     errors = {}
     for window in (9, 10, 11):
         layer = AttentionLayer.of_kind(replace(KIND, sliding_window=window), 0)
         errors[window] = _error(out, reference(q, layer, batch, cache)[0])
-    return f"window_left=9 against windows of 9, 10, 11 keys: {errors} (10 is right)"
+    right = errors[10] < CLOSE < min(errors[9], errors[11])
+    return f"window_left=9 against windows of 9, 10, 11 keys: {errors}", right
 
 
-def flashinfer_lse_is_base_2() -> str:
+def flashinfer_lse_is_base_2() -> Found:
     wrapper, cache, batch, q = _flashinfer_decode()
     _, lse = wrapper.run(q, (cache.k(0), cache.v(0)), return_lse=True)
     wanted = reference(q, AttentionLayer.of_kind(KIND, 0), batch, cache)[1]
-    return f"error of lse {_error(lse, wanted)}, of lse * ln 2 {_error(lse * math.log(2), wanted)}"
+    as_is, natural = _error(lse, wanted), _error(lse * math.log(2), wanted)
+    return f"error of the log-sum-exp as it is {as_is:.1e}, times ln 2 {natural:.1e}", natural < CLOSE < as_is
 
 
 def _flashmla(run: Callable[..., object], **options: object) -> object:
@@ -186,22 +196,23 @@ def _flashmla(run: Callable[..., object], **options: object) -> object:
     )  # fmt: skip
 
 
-def flashmla_needs_legacy() -> str:
+def flashmla_needs_legacy() -> Found:
     import flash_mla
 
     try:
         _flashmla(flash_mla.flash_mla_with_kvcache, is_fp8_kvcache=False)
     except Exception as error:
-        return f"without use_legacy: {type(error).__name__}: {str(error)[:150]}"
-    return "NO ERROR without use_legacy"
+        return f"without use_legacy: {type(error).__name__}: {str(error)[:150]}", True
+    return "no error without use_legacy", False
 
 
-def flashmla_empty_rows() -> str:
+def flashmla_empty_rows() -> Found:
     import flash_mla
 
     lens = torch.tensor([0, 64], dtype=torch.int32, device="cuda")
     out, lse = _flashmla(flash_mla.flash_mla_with_kvcache, lens=lens, is_fp8_kvcache=False, use_legacy=True)
-    return f"expected +inf: lse {float(lse[0].max())}, out {float(out[0].float().abs().max())}"
+    found = float(out[0].float().abs().max()), float(lse[0].max())
+    return f"output and log-sum-exp of a row without keys: {found}; ours maps +inf to -inf", found[1] == math.inf
 
 
 TRAPS = (
