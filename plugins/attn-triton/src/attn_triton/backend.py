@@ -25,7 +25,7 @@ from attn_triton.route import by_split
 from attn_triton.step import Step, prepare_tree, step_of
 from attn_triton.warm import layers_of, warm_batches, warm_layer
 from attn_triton.workspace import Workspace
-from attn_triton.write import BoundWrite, aligned, bind_write, check_rows
+from attn_triton.write import BoundWrite, aligned, bind_write, check_rows, row_strides
 
 Result = Tensor | tuple[Tensor, Tensor]
 
@@ -127,7 +127,7 @@ class TritonBackend(AttentionBackend):
     def write_kv(self, k: Tensor, v: Tensor | None, layer: AttentionLayer, slot_mapping: Tensor) -> None:
         bound = self._bound(layer, k.dtype)
         check_rows(k, v, bound.kind.geometry, slot_mapping)
-        bind_write(self.launchers, bound, k, v, slot_mapping).run(k, v, bound)
+        bind_write(self.launchers, bound, k, v, slot_mapping).run(k, v, bound, row_strides(k, v))
 
     def init_cuda_graph_state(self, max_batch_size: int, max_num_tokens: int) -> None:
         query_len = -(-max_num_tokens // max(1, max_batch_size))
@@ -210,25 +210,30 @@ class TritonBackend(AttentionBackend):
                 f"layer {bound.layer.layer_id}: {'no keys to store' if k is None else 'keys, and no slots for them'}",
                 accepted="k and v with their slots (a cross layer's: encoder_slot_mapping), or save_kv_cache=False",
             )
-        key = (bound.number, k.dtype, None if v is None else v.dtype, aligned(k, v))
+        strides = row_strides(k, v)
+        key = (bound.number, k.dtype, None if v is None else v.dtype, aligned(strides))
         ready: BoundWrite | None = step.bound.get(key)
         if ready is None:
             check_rows(k, v, bound.kind.geometry, slots)
             ready = step.bound[key] = bind_write(self.launchers, bound, k, v, slots)
-        ready.run(k, v, bound)
+        ready.run(k, v, bound, strides)
 
     def _outputs(
         self, q: Tensor, layer: AttentionLayer, return_lse: bool, out: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """q with a contiguous last dimension, out [T, Hq, Dv] made if not given, and lse [T, Hq] if it is asked for."""
-        if q.stride(-1) != 1:
+        whole = q.is_contiguous()
+        if not whole and q.stride(-1) != 1:
             q = q.contiguous()
-        if out is None:
-            out = q.new_empty((q.shape[0], layer.num_q_heads, layer.v_head_dim))
-        elif out.dim() != 3:
-            out = out.view(q.shape[0], layer.num_q_heads, layer.v_head_dim)
-        if out.stride(-1) != 1:
-            raise BatchError(f"out with strides {out.stride()}", accepted="a contiguous last dimension")
+            whole = True
+        if out is None:  # an empty_like costs two thirds of a new_empty
+            same = whole and q.shape[-1] == layer.v_head_dim
+            out = torch.empty_like(q) if same else q.new_empty((q.shape[0], layer.num_q_heads, layer.v_head_dim))
+        else:
+            if out.dim() != 3:
+                out = out.view(q.shape[0], layer.num_q_heads, layer.v_head_dim)
+            if out.stride(-1) != 1:
+                raise BatchError(f"out with strides {out.stride()}", accepted="a contiguous last dimension")
         lse = q.new_empty((q.shape[0], layer.num_q_heads), dtype=torch.float32) if return_lse else None
         return q, out, lse
 

@@ -17,6 +17,8 @@ from attn_triton.launch import Bound, Launchers
 MOVING: Final = (0, 1, 3, 4)
 #: Scales, and token and head strides of k and v.
 NUMBERS = slice(6, 12)
+#: Token and head strides of k, then of v.
+RowStrides = tuple[int, int, int, int]
 #: Elements of keys that one program stores.
 PROGRAM_ELEMENTS = 2048
 
@@ -28,12 +30,11 @@ class BoundWrite:
     bound: Bound
     grid: int
 
-    def run(self, k: Tensor, v: Tensor | None, layer: BoundLayer) -> None:
+    def run(self, k: Tensor, v: Tensor | None, layer: BoundLayer, strides: RowStrides) -> None:
         """Store k [T, Hkv, Dk] and v [T, Hkv, Dv] (None for MLA) at the slots this was bound to."""
-        bound, values = self.bound, k if v is None else v
-        bound.place(k, values, layer.k_pool, layer.v_pool)
-        scales = (float(layer.layer.k_scale), float(layer.layer.v_scale))
-        bound.values[NUMBERS] = (*scales, *k.stride()[:2], *values.stride()[:2])
+        bound = self.bound
+        bound.place(k, k if v is None else v, layer.k_pool, layer.v_pool)
+        bound.values[NUMBERS] = (float(layer.layer.k_scale), float(layer.layer.v_scale), *strides)
         bound.launch(self.grid)
 
 
@@ -46,7 +47,7 @@ def bind_write(launchers: Launchers, layer: BoundLayer, k: Tensor, v: Tensor | N
     constants = {
         **geometry.pool_constants(), "TOKENS": tokens, "HKV": geometry.num_kv_heads, "HEADS": heads,
         "D": geometry.qk_dim, "D_PADDED": padded, "DV": geometry.v_dim, "V_PADDED": v_padded, "HAS_V": v is not None,
-        "LIMIT": geometry.fp8_limit, "ALIGNED": aligned(k, v), "PDL": launchers.dependent,
+        "LIMIT": geometry.fp8_limit, "ALIGNED": aligned(row_strides(k, v)), "PDL": launchers.dependent,
     }  # fmt: skip
     values = k if v is None else v
     launcher = launchers.get(write_kernel, constants, {"num_warps": 4}, (k.dtype, values.dtype, geometry.kv_dtype))
@@ -54,12 +55,18 @@ def bind_write(launchers: Launchers, layer: BoundLayer, k: Tensor, v: Tensor | N
     return BoundWrite(Bound(launcher, args, moving=MOVING), -(-slots.shape[0] // tokens))
 
 
-def aligned(k: Tensor, v: Tensor | None) -> bool:
+def row_strides(k: Tensor, v: Tensor | None) -> RowStrides:
+    """Token and head strides of k and v; without v those of k again."""
+    k_token, k_head = k.stride()[:2]
+    if v is None:
+        return k_token, k_head, k_token, k_head
+    v_token, v_head = v.stride()[:2]
+    return k_token, k_head, v_token, v_head
+
+
+def aligned(strides: RowStrides) -> bool:
     """Whether rows can be read in wide pieces: all strides are multiples of 16 elements."""
-    strides = k.stride()[0] | k.stride()[1]
-    if v is not None:
-        strides |= v.stride()[0] | v.stride()[1]
-    return not strides & 15
+    return not (strides[0] | strides[1] | strides[2] | strides[3]) & 15
 
 
 def check_rows(k: Tensor, v: Tensor | None, geometry: Geometry, slots: Tensor) -> None:
