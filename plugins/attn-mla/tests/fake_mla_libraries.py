@@ -21,6 +21,8 @@ class Schedule:
     """Made empty; the first call fills in what it was made for."""
 
     made_for: list[int] | None = None
+    tile_scheduler_metadata: Tensor | None = None
+    num_splits: Tensor | None = None
 
 
 class FakeLibraries:
@@ -36,6 +38,7 @@ class FakeLibraries:
         flash_mla, flashinfer, mla = (ModuleType(name) for name in ("flash_mla", "flashinfer", "flashinfer.mla"))
         flash_mla.flash_mla_with_kvcache = self._flashmla()
         flash_mla.get_mla_metadata = self._new_schedule
+        flash_mla.get_mla_decoding_metadata = self._fp8_schedule
         flash_mla.has_legacy = lambda: self.legacy
         mla.trtllm_batch_decode_with_kv_cache_mla = self._trtllm()
         flashinfer.mla = mla
@@ -45,6 +48,12 @@ class FakeLibraries:
         self.schedules.append(Schedule())
         return self.schedules[-1], None
 
+    def _fp8_schedule(self, seqlens_k, num_q_tokens_per_head_k, h_k, is_fp8_kvcache=False, use_legacy=False):
+        assert is_fp8_kvcache
+        assert use_legacy
+        assert h_k == 1
+        return seqlens_k.clone(), torch.tensor(num_q_tokens_per_head_k)
+
     def _note(self, name, arguments):
         self.calls.append((name, arguments))
         if self.fail is not None:
@@ -53,7 +62,8 @@ class FakeLibraries:
     def _flashmla(self):
         def flash_mla_with_kvcache(
             q, k_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata, num_splits=None,
-            softmax_scale=None, causal=False, is_fp8_kvcache=None, indices=None, use_legacy=False,
+            softmax_scale=None, causal=False, is_fp8_kvcache=None, indices=None, use_legacy=False, descale_q=None,
+            descale_k=None,
         ):  # fmt: skip
             arguments = dict(locals())
             arguments.pop("self", None)
@@ -62,11 +72,20 @@ class FakeLibraries:
             assert k_cache.shape[1:] == (64, 1, 576)
             assert q.dtype == k_cache.dtype
             assert block_table.dtype == cache_seqlens.dtype == torch.int32
-            made_for = tile_scheduler_metadata.made_for
             lens = cache_seqlens.tolist()
-            if made_for is None:
-                tile_scheduler_metadata.made_for = lens
-            assert made_for in (None, lens), "a schedule of other lengths gives wrong results without a word"
+            if is_fp8_kvcache:
+                assert k_cache.dtype == torch.float8_e4m3fn
+                assert descale_q.shape == descale_k.shape == (1,)
+                assert tile_scheduler_metadata.tile_scheduler_metadata.tolist() == lens, "a schedule of other lengths"
+                assert int(tile_scheduler_metadata.num_splits) == q.shape[1] * q.shape[2]
+                q = (q.float() * descale_q).bfloat16()
+                k_cache = k_cache.float() * descale_k
+            else:
+                assert descale_q is descale_k is None, "descales apply to the dense fp8 path only"
+                made_for = tile_scheduler_metadata.made_for
+                if made_for is None:
+                    tile_scheduler_metadata.made_for = lens
+                assert made_for in (None, lens), "a schedule of other lengths gives wrong results without a word"
             out, lse = decode(q, k_cache.squeeze(2), block_table, cache_seqlens, head_dim_v, softmax_scale, causal)
             return out, torch.where(lse == float("-inf"), float("inf"), lse)
 
@@ -87,8 +106,10 @@ class FakeLibraries:
             assert kv_cache.shape[2] == 576
             assert not workspace_buffer.any(), "counters must start at zero"
             assert max_seq_len >= int(seq_lens.max())
+            assert query.dtype == kv_cache.dtype
+            assert out is None or out.dtype == torch.bfloat16
             found, natural = decode(
-                query, kv_cache, block_tables, seq_lens, kv_lora_rank, bmm1_scale, query.shape[1] > 1
+                query.bfloat16(), kv_cache, block_tables, seq_lens, kv_lora_rank, bmm1_scale, query.shape[1] > 1
             )
             found = found * bmm2_scale if out is None else out.copy_(found * bmm2_scale)
             if not return_lse:

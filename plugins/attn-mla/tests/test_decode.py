@@ -43,7 +43,8 @@ def batch_of(mode: ForwardMode, query: list[int], lens: list[int], **more: Any) 
 def random_cache(config: AttentionConfig) -> KVCache:
     cache = KVCache.allocate(config, num_pages=32)
     for i in cache.layer_ids:
-        cache.k(i).normal_()
+        pool = cache.k(i)
+        pool.copy_(torch.randn(pool.shape).to(pool.dtype))
     return cache
 
 
@@ -68,6 +69,44 @@ def test_every_step_is_right(fake: FakeLibraries, cls: type[AttentionBackend], s
     mine = torch.full_like(out, 7.0)
     assert backend.forward(q, None, None, layer, batch, save_kv_cache=False, out=mine) is mine
     torch.testing.assert_close(mine.double(), want, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("cls", BACKENDS)
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("k_scale", [1.0, 0.25])
+def test_an_fp8_latent_is_read_with_queries_in_e4m3(
+    fake: FakeLibraries, cls: type[AttentionBackend], step: str, k_scale: float
+) -> None:
+    torch.manual_seed(0)
+    config, batch = config_of(layers=2, kv_cache_dtype="fp8_e4m3"), batch_of(*STEPS[step])
+    cache = random_cache(config)
+    backend = cls(config, cache)
+    backend.init_forward_metadata(batch)
+    for layer_id in range(2):
+        layer = AttentionLayer.of_kind(config.layers[0], layer_id, k_scale=k_scale)
+        q, k = queries(batch), torch.randn(batch.num_tokens, 1, 576).bfloat16()
+        q[0, 0, :3] = torch.tensor([500.0, -500.0, 2.0**-6])  # the ends of the range
+        out, lse = backend.forward(q, k, None, layer, batch, return_lse=True)
+        rounded = q.clamp(-448, 448).to(torch.float8_e4m3fn).bfloat16()
+        want, want_lse = reference(rounded, layer, batch, cache)
+        assert out.dtype == torch.bfloat16
+        torch.testing.assert_close(out.double(), want, atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(lse.double(), want_lse, atol=1e-3, rtol=1e-3)
+
+
+def test_an_fp8_latent_is_refused_by_a_flash_mla_without_its_kernel(
+    fake: FakeLibraries, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import flash_mla
+
+    config = config_of(kv_cache_dtype="fp8_e4m3")
+    assert FlashMLABackend.build_reasons(config, "decode") == ()
+    monkeypatch.delattr(flash_mla, "get_mla_decoding_metadata")
+    flashmla.load.cache_clear()
+    (found,) = FlashMLABackend.build_reasons(config, "decode")
+    assert found.code == "build_unsupported"
+    assert "fp8_e4m3" in str(found)
+    assert FlashMLABackend.build_reasons(config_of(), "decode") == ()
 
 
 @pytest.mark.parametrize("cls", BACKENDS)

@@ -35,10 +35,11 @@ def real(name: str) -> inspect.Signature:
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("given_out", [False, True])
 @pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8_e4m3"])
 def test_every_call_binds(
-    fake: FakeLibraries, cls: type[AttentionBackend], step: str, given_out: bool, return_lse: bool
+    fake: FakeLibraries, cls: type[AttentionBackend], step: str, given_out: bool, return_lse: bool, kv_dtype: str
 ) -> None:
-    config, batch = config_of(), batch_of(*STEPS[step])
+    config, batch = config_of(kv_cache_dtype=kv_dtype), batch_of(*STEPS[step])
     backend, layer = cls(config, random_cache(config)), AttentionLayer.of_kind(config.layers[0], 0)
     q = queries(batch)
     out = torch.empty(q.shape[0], 4, 512, dtype=q.dtype) if given_out else None
@@ -72,6 +73,14 @@ def test_a_changed_signature_would_fail(fake: FakeLibraries, name: str) -> None:
     real(name).bind(**arguments)
     with pytest.raises(TypeError, match="unexpected keyword"):
         real(name).bind(**arguments, not_an_argument=None)
+
+
+def test_the_schedule_of_the_fp8_kernel_binds_and_goes_where_the_kernel_looks_for_it(fake: FakeLibraries) -> None:
+    interface = source(FLASH_MLA, "flash_mla/flash_mla_interface.py")
+    signature_of(interface, "get_mla_decoding_metadata").bind(None, 16, 1, is_fp8_kvcache=True, use_legacy=True)
+    assert (
+        "sched_meta.tile_scheduler_metadata, sched_meta.num_splits,\n                descale_q, descale_k" in interface
+    )
 
 
 def test_the_schedule_is_one_object_and_the_builds_halves_can_be_told_apart() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
@@ -51,17 +52,18 @@ def bound_calls() -> Iterator[tuple[str, ...]]:
     from attn_mla import trtllm
 
     trtllm.WORKSPACE_BYTES = 1024  # type: ignore[misc]
-    for page in (32, 64):
+    for page, kv_dtype in product((32, 64), ("auto", "fp8_e4m3")):
         for mode, query in ((ForwardMode.DECODE, 1), (ForwardMode.TARGET_VERIFY, 4)):
             for lse in (False, True):
-                _run(trtllm.TRTLLMMLABackend, page, mode, query, lse)
+                _run(trtllm.TRTLLMMLABackend, page, mode, query, lse, kv_dtype)
                 phase = ("decode",) if query == 1 else ("verify", "verify_chain")
-                yield (*phase, "mla", "page_size_gt_1", *(("lse",) if lse else ()))
+                fp8 = () if kv_dtype == "auto" else ("kv_fp8_e4m3",)
+                yield (*phase, "mla", "page_size_gt_1", *fp8, *(("lse",) if lse else ()))
 
 
-def _run(backend_class: Any, page: int, mode: ForwardMode, query: int, lse: bool) -> None:
+def _run(backend_class: Any, page: int, mode: ForwardMode, query: int, lse: bool, kv_dtype: str) -> None:
     kind = LayerKind(128, 1, 576, 512, kind="mla", scale=192**-0.5)
-    config = AttentionConfig(layers=(kind,), page_size=page, kv_layout="MLA", lse=lse)
+    config = AttentionConfig(layers=(kind,), page_size=page, kv_layout="MLA", lse=lse, kv_cache_dtype=kv_dtype)
     cache = KVCache.allocate(config, num_pages=8)
     backend = backend_class(config, cache)
     batch = ForwardBatch.build(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
-from typing import Any
+from typing import Any, Final
 
+import torch
 from attn_core.errors import PluginLoadError
 from attn_core.planning.config import AttentionConfig, Phase
 from attn_core.planning.reasons import Reason, reason
@@ -16,18 +17,24 @@ from attn_core.runtime.kv_cache import KVCache
 from attn_core.runtime.layer import AttentionLayer
 from torch import Tensor
 
-from attn_mla.latent_decode import LatentDecodeBackend
+from attn_mla.latent_decode import LatentDecodeBackend, e4m3
 from attn_mla.latent_step import LatentStep
 from attn_mla.library_errors import raised
+
+_INSTALL: Final = "install sgl-flash-mla's wheel"
 
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """The two functions of ``flash_mla``, and the option that reaches the Hopper kernels where a fork asks for one."""
+    """The functions of ``flash_mla``, and the option that reaches the Hopper kernels where a fork asks for one.
+
+    ``fp8_schedule`` makes the schedule of the dense kernel for fp8, which only the fork has.
+    """
 
     decode: Callable[..., tuple[Tensor, Tensor]]
     new_schedule: Callable[..., tuple[Any, None]]
     hopper: dict[str, bool]
+    fp8_schedule: Callable[..., tuple[Tensor, Tensor]] | None
 
 
 @cache
@@ -47,7 +54,9 @@ def load() -> Library:
             accepted="a version whose get_mla_metadata() gives one schedule object",
             hint="pip install 'sgl-flash-mla>=1.0.0'",
         )
-    return Library(decode, new_schedule, {"use_legacy": True} if "use_legacy" in arguments else {})
+    hopper = {"use_legacy": True} if "use_legacy" in arguments else {}
+    fp8_schedule = getattr(flash_mla, "get_mla_decoding_metadata", None) if "descale_q" in arguments else None
+    return Library(decode, new_schedule, hopper, fp8_schedule)
 
 
 class FlashMLABackend(LatentDecodeBackend):
@@ -59,21 +68,36 @@ class FlashMLABackend(LatentDecodeBackend):
         super().__init__(config, kv_cache)
         self._library = load()
         self._pools: dict[int, Tensor] = {}
+        self._descales: dict[float, Tensor] = {}
 
-    def _new_schedule(self) -> Any:
-        """Empty: the first call fills it in."""
-        return self._library.new_schedule()[0]
+    def _new_schedule(self, step: LatentStep, num_heads: int) -> Any:
+        """Empty, for the first call to fill in; for an fp8 cache the kernel wants it made."""
+        library = self._library
+        schedule = library.new_schedule()[0]
+        if self._fp8:
+            assert library.fp8_schedule is not None, "build_reasons refuses fp8"
+            schedule.tile_scheduler_metadata, schedule.num_splits = library.fp8_schedule(
+                step.seq_lens, step.query_len * num_heads, 1, is_fp8_kvcache=True, **library.hopper
+            )
+        return schedule
+
+    def _descale(self, scale: float) -> Tensor:
+        """[1] fp32 on the device; made by the first step, never while a graph is captured."""
+        found = self._descales.get(scale)
+        if found is None:
+            found = self._descales[scale] = torch.full((1,), scale, dtype=torch.float32, device=self.kv_cache.device)
+        return found
 
     @classmethod
     def build_reasons(cls, config: AttentionConfig, phase: Phase) -> Sequence[Reason]:
         """The fork keeps the Hopper kernels in a second extension, which a build can leave out."""
         has_legacy = getattr(import_module("flash_mla"), "has_legacy", None)
-        if has_legacy is None or has_legacy():
-            return ()
-        have = "a build without FLASH_MLA_BUILD_LEGACY"
-        return (
-            reason("build_unsupported", "flash_mla", "dense decode on Hopper", have, "install sgl-flash-mla's wheel"),
-        )
+        wanted = ""
+        if has_legacy is not None and not has_legacy():
+            wanted, have = "dense decode on Hopper", "a build without FLASH_MLA_BUILD_LEGACY"
+        elif config.kv_cache_dtype != "auto" and load().fp8_schedule is None:
+            wanted, have = f"dense decode over {config.kv_cache_dtype}", "a flash_mla without that kernel"
+        return (reason("build_unsupported", "flash_mla", wanted, have, _INSTALL),) if wanted else ()
 
     def attend(
         self, q: Tensor, layer: AttentionLayer, step: LatentStep, return_lse: bool, out: Tensor | None
@@ -82,18 +106,24 @@ class FlashMLABackend(LatentDecodeBackend):
         pool = self._pools.get(layer.layer_id)
         if pool is None:
             pool = self._pools[layer.layer_id] = self.kv_cache.k_nhd(layer.layer_id)
+        descales: dict[str, Tensor] = {}
+        if self._fp8:
+            descales = {"descale_q": self._descale(1.0), "descale_k": self._descale(layer.k_scale)}
         try:
             found, lse = library.decode(
-                q,
+                e4m3(q) if self._fp8 else q,
                 pool,
                 block_table=step.page_table,
                 cache_seqlens=step.seq_lens,
                 head_dim_v=layer.v_head_dim,
-                tile_scheduler_metadata=step.once(layer.num_q_heads, layer.layer_id, self._new_schedule),
+                tile_scheduler_metadata=step.once(
+                    layer.num_q_heads, layer.layer_id, partial(self._new_schedule, step, layer.num_q_heads)
+                ),
                 softmax_scale=layer.scale,
                 causal=step.query_len > 1,
-                is_fp8_kvcache=False,
+                is_fp8_kvcache=self._fp8,
                 **library.hopper,
+                **descales,
             )
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
             raise raised(error, "FlashMLA", layer, "`attn verify flashmla` shows whether it works here") from error

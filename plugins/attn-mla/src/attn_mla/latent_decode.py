@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Final
 
 import torch
 from attn_core.errors import BatchError
 from attn_core.planning.config import AttentionConfig
 from attn_core.runtime.backend import AttentionBackend
 from attn_core.runtime.batch import ForwardBatch
-from attn_core.runtime.kv_cache import KVCache
+from attn_core.runtime.kv_cache import FP8_DTYPES, KVCache
 from attn_core.runtime.layer import AttentionLayer
 from torch import Tensor
 
 from attn_mla.latent_step import LatentGraphBuffers, LatentStep
+
+#: The largest number of e4m3.
+_LARGEST: Final = torch.finfo(torch.float8_e4m3fn).max
+
+
+def e4m3(q: Tensor) -> Tensor:
+    """Queries for an fp8 latent, which both libraries read with fp8 queries alone: at a scale of 1, cut off at +-448.
+
+    The libraries take one scale for the queries of a whole step. One that followed the values would let one request,
+    or a row of padding, decide how the others are rounded.
+    """
+    return q.clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
 
 
 class LatentDecodeBackend(AttentionBackend):
@@ -24,6 +37,7 @@ class LatentDecodeBackend(AttentionBackend):
     def __init__(self, config: AttentionConfig, kv_cache: KVCache) -> None:
         super().__init__(config, kv_cache)
         self._graphs: LatentGraphBuffers | None = None
+        self._fp8 = kv_cache.dtype in FP8_DTYPES
 
     @abstractmethod
     def attend(

@@ -13,7 +13,7 @@ from attn_core.runtime.kv_cache import KVCache
 from attn_core.runtime.layer import AttentionLayer
 from torch import Tensor
 
-from attn_mla.latent_decode import LatentDecodeBackend
+from attn_mla.latent_decode import LatentDecodeBackend, e4m3
 from attn_mla.latent_step import LatentStep
 from attn_mla.library_errors import raised
 
@@ -53,11 +53,13 @@ class TRTLLMMLABackend(LatentDecodeBackend):
         self, q: Tensor, layer: AttentionLayer, step: LatentStep, return_lse: bool, out: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         batch, query_len, heads, width = q.shape
-        target = None if out is None else out.view(batch, query_len, *out.shape[1:])
+        shape = (batch, query_len, heads, layer.v_head_dim)
+        target = q.new_empty(shape) if out is None else out.view(shape)
+        key_scale = layer.k_scale if self._fp8 else 1.0
         lse = q.new_empty(batch * query_len, heads, dtype=torch.float32) if return_lse else None
         try:
             found = self._decode(
-                query=q,
+                query=e4m3(q) if self._fp8 else q,
                 kv_cache=self.kv_cache.k(layer.layer_id),
                 workspace_buffer=self._workspace,
                 qk_nope_head_dim=QK_NOPE_HEAD_DIM,
@@ -67,8 +69,8 @@ class TRTLLMMLABackend(LatentDecodeBackend):
                 seq_lens=step.seq_lens,
                 max_seq_len=step.max_seq_len,
                 out=target,
-                bmm1_scale=layer.scale,
-                bmm2_scale=1.0,
+                bmm1_scale=layer.scale * key_scale,
+                bmm2_scale=key_scale,
                 backend="trtllm-gen",
                 lse=lse,
                 return_lse=return_lse,
