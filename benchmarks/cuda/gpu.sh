@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs the GPU; run in the repository's root with $OUT set. One file of results comes back,
 # $OUT/cuda-STAGE.tgz, packed again after each part: a run that is cut off brings what was done.
+#   gpu.sh unpack    unpacks what was carried, for packages that do not travel in one call
 #   gpu.sh tiers     needs .gpu (pack.sh's packages) and .gpumod (FlashInfer's modules, see build_modules.py): verifies
 #                    fa3, flashinfer, flashinfer_mla and flashmla side by side for VERIFY seconds, in the tier TIER
 #   gpu.sh measure   times them on the quiet machine, beside their libraries; models, mixed plans and traps
@@ -18,10 +19,11 @@ unpack() { # archives into a folder, all at once, each only once
   done; wait
 }
 case $stage in
-  tiers | measure) unpack "$S" .gpu/*/site.tar.xz; unpack "$S/flashinfer/data/aot" .gpumod/*.tar.xz ;;
+  unpack | tiers | measure) unpack "$S" .gpu/*/site.tar.xz; unpack "$S/flashinfer/data/aot" .gpumod/*.tar.xz ;;
   fa4) unpack "$S" .gpu4/*/site.tar.xz; export FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1 ;;
   *) echo "unknown stage $stage" >&2; exit 2 ;;
 esac
+[ "$stage" = unpack ] && { echo "unpacked at $((SECONDS - begun)) s: $(ls "$S/flashinfer/data/aot" 2>/dev/null | wc -l) modules"; exit; }
 export PYTHONPATH=$S:$S/nvidia_cutlass_dsl/dsl_packages PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore
 export OMP_NUM_THREADS=1 ATTN_NUM_THREADS=1 TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/attn-triton-cache}
 export CUDA_HOME=${CUDA_HOME:-/usr/local/cuda} FLASHINFER_WORKSPACE_BASE=$S/jit FLASHINFER_CUDA_ARCH_LIST=9.0a
