@@ -17,8 +17,9 @@ from attn_triton.step import Step
 if TYPE_CHECKING:
     from attn_triton.partition import Partition
 
-#: Four warps of 32 keys each. ``block_m`` is what one product of the tensor cores has.
-TILE: Final = DecodeTile(block_m=16, block_n=128, warps=4, stages=1, per_sm=2)
+#: Two warps of 32 keys each; ``block_m`` is what one product of the tensor cores has. Programs of more warps, with as
+#: many on a multiprocessor, compute and wait in step (TUNING.md).
+TILE: Final = DecodeTile(block_m=16, block_n=64, warps=2, stages=1, per_sm=4)
 ROWS: Final = 16
 WIDTHS: Final = (64, 128)
 
