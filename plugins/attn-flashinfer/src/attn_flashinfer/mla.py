@@ -26,11 +26,15 @@ from attn_flashinfer.wrappers import WrapperPool, workspace
 
 
 class BoundLatent(NamedTuple):
-    """What stays the same of a layer from step to step: its shape, its latent and rotary pools, its scales."""
+    """What stays the same of a layer from step to step: its shape, the widths of latent and rotary part, both pools,
+    how many heads are added, its scales.
+    """
 
     layer: AttentionLayer
     shape: LatentShape
+    widths: tuple[int, int]
     pools: tuple[Tensor, Tensor]
+    added_heads: int
     scales: dict[str, float]
 
 
@@ -143,38 +147,41 @@ class FlashInferMLABackend(RaggedForward):
         bound = self._bound.get(layer.layer_id)
         if bound is None or bound.layer is not layer:
             bound = self._bind(layer)
-        shape = bound.shape
         step = batch.plan_state
-        if not isinstance(step, MLAStep) or shape not in step.wrappers:
+        wrapper = step.wrappers.get(bound.shape) if isinstance(step, MLAStep) else None
+        if wrapper is None:
             raise BatchError(
-                f"no plan for a layer of {shape}",
+                f"no plan for a layer of {bound.shape}",
                 hint="name all layer kinds in the config, and call init_forward_metadata",
             )
-        padded = shape.padded_heads != shape.num_heads
-        if padded:
-            q = torch.nn.functional.pad(q, (0, 0, 0, shape.padded_heads - shape.num_heads))
+        added = bound.added_heads
+        if added:
+            q = torch.nn.functional.pad(q, (0, 0, 0, added))
         try:
-            rows, lse = step.wrappers[shape].run(
-                query=(q[..., : shape.latent_dim], q[..., shape.latent_dim :]),
+            rows, lse = wrapper.run(
+                query=q.split_with_sizes(bound.widths, -1),
                 kv_cache=bound.pools,
-                out=None if padded else writable(out),
+                out=None if added else writable(out),
                 return_lse=True,
                 return_lse_base_on_e=True,
                 **bound.scales,
             )
         except RAISED as error:
             raise raised(error, f"layer {layer.layer_id}") from error
-        if padded:
-            rows, lse = rows[:, : shape.num_heads], lse[:, : shape.num_heads]
+        if added:
+            rows, lse = rows[:, : bound.shape.num_heads], lse[:, : bound.shape.num_heads]
         if out is not None and rows is not out:
             rows = out.copy_(rows)
         return (rows, lse) if return_lse else rows
 
     def _bind(self, layer: AttentionLayer) -> BoundLatent:
         shape, latent = LatentShape.of(layer), self.kv_cache.k(layer.layer_id)
+        widths = (shape.latent_dim, shape.rope_dim)
         pools = (latent[..., : shape.latent_dim], latent[..., shape.latent_dim :])
         scales = {"ckv_scale": layer.k_scale, "kpe_scale": layer.k_scale} if self._scaled else {}
-        bound = self._bound[layer.layer_id] = BoundLatent(layer, shape, pools, scales)
+        bound = self._bound[layer.layer_id] = BoundLatent(
+            layer, shape, widths, pools, shape.padded_heads - shape.num_heads, scales
+        )  # fmt: skip
         return bound
 
 
