@@ -44,9 +44,9 @@ def extend(block_m: int, block_n: int, warps: int, stages: int, by_head: bool = 
     return {"extend": {"block_m": block_m, "block_n": block_n, "warps": warps, "stages": stages, "by_head": by_head}}
 
 
-def fp8(warps: int, keys: int, per_sm: int) -> dict[str, Any]:
-    """``keys`` of a warp in a tile of the Gluon kernel."""
-    return {"fp8_tile": DecodeTile(16, warps * keys, warps, 1, per_sm)}
+def fp8(warps: int, keys: int, per_sm: int, ahead: int = 1) -> dict[str, Any]:
+    """``keys`` of a warp in a tile of the Gluon kernel, of which ``ahead`` are under way."""
+    return {"fp8_tile": DecodeTile(16, warps * keys, warps, ahead, per_sm)}
 
 
 #: What a variant forces in place of the committed table: nothing, launch parameters, or how keys are cut. "device" also
@@ -71,12 +71,12 @@ VARIANTS: Final[dict[str, Mapping[str, Any]]] = {
     "e128x128w8s3l": {"gluon": False, **extend(128, 128, 8, 3, by_head=False)},
     "e128x64w8s3": {"gluon": False, **extend(128, 64, 8, 3)},
     "f128w4s3x2": decode(128, 4, 3, 2),
-    "g4x32x2": fp8(4, 32, 2),
-    "g8x32x1": fp8(8, 32, 1),
+    "g1x32x8": fp8(1, 32, 8),
     "g2x32x4": fp8(2, 32, 4),
-    "g4x16x2": fp8(4, 16, 2),
-    "g4x16x3": fp8(4, 16, 3),
-    "g8x16x1": fp8(8, 16, 1),
+    "g4x32x2": fp8(4, 32, 2),
+    "g1x16x8a2": fp8(1, 16, 8, 2),
+    "g2x16x4a2": fp8(2, 16, 4, 2),
+    "g4x16x2a2": fp8(4, 16, 2, 2),
 }
 #: Which variants a kind of shape is tried with, when all are asked for.
 FITTING: Final[Mapping[str, tuple[str, ...]]] = {
@@ -84,7 +84,7 @@ FITTING: Final[Mapping[str, tuple[str, ...]]] = {
     "mixed": ("table", "d64w4s2x3", "d64w4s3x3", "d128w4s2x2", "d64w4s4x2"),
     "mla": ("table", "device", "plain"),
     "extend": ("table", "stay", "stay longest", "plain"),
-    "fp8": ("table", "f128w4s3x2", "g4x32x2", "g8x32x1", "g2x32x4", "g4x16x2", "g4x16x3", "g8x16x1"),
+    "fp8": ("table", "f128w4s3x2", "g1x32x8", "g2x32x4", "g4x32x2", "g1x16x8a2", "g2x16x4a2", "g4x16x2a2"),
 }
 
 

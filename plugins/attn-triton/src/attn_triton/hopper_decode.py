@@ -68,7 +68,7 @@ def bind(
     kind, geometry, keys = layer.kind, layer.kind.geometry, partition.keys
     cut, plan, none = partition.cut, partition.plan, partition.keys.lengths
     constants: dict[str, Any] = {
-        "HKV": geometry.num_kv_heads, "GROUP": geometry.group, "W": cut.tile.warps,
+        "HKV": geometry.num_kv_heads, "GROUP": geometry.group, "AHEAD": cut.tile.stages, "W": cut.tile.warps,
         "N": cut.tile.block_n // cut.tile.warps, "D": geometry.qk_dim, "DV": geometry.v_dim,
         **geometry.pool_constants(), "FIXED": cut.fixed, "WINDOW": kind.window is not None, "HAS_CAP": kind.has_cap,
         "HAS_SINKS": kind.sinks is not None, "HAS_LSE": lse is not None, "HALF": geometry.dtype == torch.bfloat16,

@@ -184,13 +184,17 @@ def load_rows(
     column = gl.arange(0, D // 4, gl.SliceLayout(0, gl.SliceLayout(1, layout)))
     words = POOL.to(gl.pointer_type(gl.int32), bitcast=True)
     rows = gl.expand_dims(words + page.to(gl.int64) * (P // 4) + at * (T // 4), 2)
-    mask = gl.full([W, R, 1], 0, gl.int32, layout) + here.to(gl.int32) > 0
-    return gl.load(rows + column[None, None, :], mask=mask)
+    if here is True:
+        words = gl.load(rows + column[None, None, :])
+    else:
+        mask = gl.full([W, R, 1], 0, gl.int32, layout) + here.to(gl.int32) > 0
+        words = gl.load(rows + column[None, None, :], mask=mask)
+    return words
 
 
 @gluon.jit
 def load_keys(
-    K, page_row, page, begin, i, end, lowest, length, W: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
+    K, page_row, page, begin, i, here, lowest, length, W: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
     PAGE: gl.constexpr, P: gl.constexpr, T: gl.constexpr,
 ):  # fmt: skip
     """Keys of tile ``i``."""
@@ -199,13 +203,13 @@ def load_keys(
     w = gl.arange(0, W, gl.SliceLayout(1, inner))
     n = i * (W * N) + w[:, None] * N + gl.arange(0, N, gl.SliceLayout(0, inner))[None, :]
     return load_rows(
-        K, page_row, page, begin, n, i < end, lowest, length, key_chunk_layout(N, W), layout, W, N, N, D, PAGE, P, T
+        K, page_row, page, begin, n, here, lowest, length, key_chunk_layout(N, W), layout, W, N, N, D, PAGE, P, T
     )
 
 
 @gluon.jit
 def load_values(
-    V, page_row, page, begin, i, end, lowest, length, ODD: gl.constexpr, W: gl.constexpr, N: gl.constexpr,
+    V, page_row, page, begin, i, here, lowest, length, ODD: gl.constexpr, W: gl.constexpr, N: gl.constexpr,
     D: gl.constexpr, PAGE: gl.constexpr, P: gl.constexpr, T: gl.constexpr,
 ):  # fmt: skip
     """Values of every second key of tile ``i``."""
@@ -214,6 +218,6 @@ def load_values(
     w = gl.arange(0, W, gl.SliceLayout(1, inner))
     n = i * (W * N) + w[:, None] * N + gl.arange(0, N // 2, gl.SliceLayout(0, inner))[None, :] * 2 + ODD
     return load_rows(
-        V, page_row, page, begin, n, i < end, lowest, length, value_chunk_layout(N, W), layout, W, N, N // 2, D, PAGE,
+        V, page_row, page, begin, n, here, lowest, length, value_chunk_layout(N, W), layout, W, N, N // 2, D, PAGE,
         P, T,
     )  # fmt: skip
