@@ -37,8 +37,8 @@ check() { # backend, workers: all of the tier that VERIFY seconds allow
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | tee "$R/device.txt"; echo "unpacked at $((SECONDS - begun)) s"
 case $stage in
   tiers)
-    TIER=${TIER:-stress}; VERIFY=${VERIFY:-185}
-    for part in ${SHARES:-fa3:5 flashinfer:5 flashinfer_mla:4 flashmla:2}; do check "${part%:*}" "${part#*:}" & done; wait; bring verified ;;
+    TIER=${TIER:-stress}; VERIFY=${VERIFY:-200}
+    for part in ${SHARES:-fa3:5 flashinfer:5 flashinfer_mla:4 flashmla:3}; do check "${part%:*}" "${part#*:}" & done; wait; bring verified ;;
   measure)
     lib "${HOST:-45}" host host; bring "host costs"
     lib "${MODELS:-80}" models models mixed traps; bring "models, mixed plans and traps"
