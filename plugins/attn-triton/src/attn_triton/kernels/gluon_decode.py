@@ -163,9 +163,9 @@ def gluon_decode_kernel(
     Q, K, V, PAGES, LENGTHS, SINK_LOGITS, OUT, LSE, PART_OUT, PART_LSE, LINE, BOUNDS, FIRST, splits, q_token, q_head,
     out_token, out_head, page_stride, window, scale, cap, v_scale,
     HKV: gl.constexpr, GROUP: gl.constexpr, AHEAD: gl.constexpr, W: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
-    DV: gl.constexpr, PAGE: gl.constexpr, K_PAGE: gl.constexpr, K_TOKEN: gl.constexpr, K_HEAD: gl.constexpr, V_PAGE: gl.constexpr,
-    V_TOKEN: gl.constexpr, V_HEAD: gl.constexpr, FIXED: gl.constexpr, WINDOW: gl.constexpr, HAS_CAP: gl.constexpr,
-    HAS_SINKS: gl.constexpr, HAS_LSE: gl.constexpr, HALF: gl.constexpr, E4: gl.constexpr,
+    DV: gl.constexpr, PAGE: gl.constexpr, K_PAGE: gl.constexpr, K_TOKEN: gl.constexpr, K_HEAD: gl.constexpr,
+    V_PAGE: gl.constexpr, V_TOKEN: gl.constexpr, V_HEAD: gl.constexpr, FIXED: gl.constexpr, WINDOW: gl.constexpr,
+    HAS_CAP: gl.constexpr, HAS_SINKS: gl.constexpr, HAS_LSE: gl.constexpr, HALF: gl.constexpr, E4: gl.constexpr,
     PDL: gl.constexpr,
 ):  # fmt: skip
     """Grid (groups * HKV): one query a request, its GROUP <= 16 heads of a KV head. The line of blocks is that of
