@@ -39,7 +39,7 @@ def test_batches_made_ahead_are_those_of_the_lists(start: list[int]) -> None:
         if i == 10:
             requests.select([1, 0])
         seq_lens = [n + 1 for n in requests.seq_lens()]
-        batch = requests.next_decode(2)
+        batch = requests.next_decode(2, torch.device("cpu"))
         ahead += batch is not None
         if batch is None:
             requests.reserve(seq_lens, [1, 1])
@@ -47,5 +47,5 @@ def test_batches_made_ahead_are_those_of_the_lists(start: list[int]) -> None:
         check(requests, batch, seq_lens)
         given = None if requests.valid is None else torch.nn.functional.pad(requests.valid, (0, 1), value=True)
         requests.append(1, given)
-    assert ahead == (8 if valid is None else 0)
-    assert requests.next_decode(3) is None
+    assert ahead == (14 if valid is None else 0)
+    assert requests.next_decode(3, torch.device("cpu")) is None

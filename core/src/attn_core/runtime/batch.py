@@ -25,6 +25,9 @@ class ForwardMode(Enum):
     DRAFT_EXTEND = "draft_extend"  #: accepted tokens that the draft model catches up on
     IDLE = "idle"  #: no request; a rank that only keeps step
 
+    # Each step looks its mode up several times; an Enum's own hash is computed in Python.
+    __hash__ = object.__hash__
+
 
 #: The phase of the plan that runs a mode. MIXED has two: its decodes are `decode`, the rest is `prefill`.
 PHASE_OF_MODE: Final[Mapping[ForwardMode, Phase]] = {

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from attn_core.engines.transformers.cache import Update, take_update
-from attn_core.engines.transformers.given_keys import GivenKeys
+from attn_core.engines.transformers.given_keys import GivenKeys, Maths
 from attn_core.engines.transformers.masks import StepMask, mask_of
 from attn_core.engines.transformers.names import implementation_of
 from attn_core.errors import BatchError, ConfigError
-from attn_core.generate.attention import absorbed, refuse_unknown
+from attn_core.generate.attention import NEUTRAL, PagedStep, absorbed, refuse_unknown
 
 AttentionFunction = Callable[..., tuple[Tensor, None]]
 
@@ -44,25 +44,25 @@ def attention_function(backend: str) -> AttentionFunction:
         """
         if module.training:
             _refuse_gradients(module, query)
-        mask = mask_of(attention_mask)
-        maths = {
-            "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
-            "sliding_window": sliding_window,
-            "softcap": softcap or 0.0,
-            "sinks": s_aux,
-        }
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        maths = (scale, sliding_window, softcap or 0.0, s_aux)
         if cache is not None:
             from attn_core.engines.transformers.continuous import attend_packed
 
             return attend_packed(given_keys, module, query, key, value, cache, maths, dropout, others), None
         update = take_update(getattr(module, "layer_idx", None), key)
+        if update is not None and not dropout and others.keys() <= NEUTRAL and update.cache.backend_name == backend:
+            step = update.cache.plain_decode(update.layer_idx, query, attention_mask, sliding_window)
+            if step is not None:
+                return _decoded(module, query, update, step, maths), None
+        mask = mask_of(attention_mask)
         crosses = update is not None and update.layer_idx in update.cache.cross_layers
         refuse_unknown(module, None if mask is not None or crosses else attention_mask, dropout, others)
         if mask is not None:
             mask.check_window(sliding_window)
         if update is None:
             causal = _is_causal(module, is_causal, mask)
-            return given_keys.attend(query, key, value, mask, causal=causal, **maths), None
+            return given_keys.attend(query, key, value, mask, maths, causal=causal), None
         if update.cache.backend_name != backend:
             raise BatchError(
                 f"a cache for {update.cache.backend_name}, called through {implementation_of(backend)!r}",
@@ -75,12 +75,26 @@ def attention_function(backend: str) -> AttentionFunction:
     return attend
 
 
-def _over_pages(
-    module: nn.Module, query: Tensor, update: Update, mask: StepMask | None, maths: dict[str, Any]
-) -> Tensor:
+def _decoded(module: nn.Module, query: Tensor, update: Update, step: PagedStep, maths: Maths) -> Tensor:
+    """What ``_over_pages`` gives, of a step whose packing and masks need not be looked at, [B, 1, Hq, Dv]."""
+    scale, window, softcap, sinks = maths
+    layer = step.layers.layer(update.layer_idx, scale=scale, sliding_window=window, softcap=softcap, sinks=sinks)
+    assert update.keys is not None
+    assert update.values is not None
+    q, k, v = query.squeeze(2).contiguous(), update.keys.squeeze(2).contiguous(), update.values.squeeze(2).contiguous()
+    if layer.kind == "mla":
+        step.latents[update.layer_idx] = torch.cat((k, v), dim=-1)
+        return absorbed(module, q.transpose(0, 1)[None], layer, step).unsqueeze(1)
+    out = step.backend.forward_decode(q, k, v, layer, step.batch)
+    assert isinstance(out, Tensor)
+    return out.unsqueeze(1)
+
+
+def _over_pages(module: nn.Module, query: Tensor, update: Update, mask: StepMask | None, maths: Maths) -> Tensor:
     """Attention of one layer over its pages, [B, Q, Hq, Dv]."""
-    step, packing = update.cache.step(update, query, mask, maths["sliding_window"])
-    layer = step.layers.layer(update.layer_idx, **maths)
+    scale, window, softcap, sinks = maths
+    step, packing = update.cache.step(update, query, mask, window)
+    layer = step.layers.layer(update.layer_idx, scale=scale, sliding_window=window, softcap=softcap, sinks=sinks)
     if mask is None and not getattr(module, "is_causal", True) and packing.length > 1:
         raise BatchError(
             f"{type(module).__name__} is not causal, and its mask says nothing of what its tokens see",
@@ -97,10 +111,11 @@ def _over_pages(
     return packing.unpack(out)
 
 
-def _over_encoder(query: Tensor, update: Update, mask: Tensor | None, maths: dict[str, Any]) -> Tensor:
+def _over_encoder(query: Tensor, update: Update, mask: Tensor | None, maths: Maths) -> Tensor:
     """Attention of one cross layer over its encoder's pages, [B, Q, Hq, Dv]; ``mask`` as the model made it."""
+    scale, window, softcap, sinks = maths
     step, packing = update.cache.step(update, query, None, None)
-    layer = step.layers.layer(update.layer_idx, **maths)
+    layer = step.layers.layer(update.layer_idx, scale=scale, sliding_window=window, softcap=softcap, sinks=sinks)
     k, v = (None if x is None else x.transpose(1, 2).flatten(0, 1).contiguous() for x in (update.keys, update.values))
     out = step.backend.forward(packing.pack(query), k, v, layer, update.cache.cross_batch(mask))
     assert isinstance(out, Tensor)

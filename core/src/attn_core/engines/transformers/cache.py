@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from attn_core.engines.transformers.encoder import EncoderPages
-from attn_core.engines.transformers.masks import Spans, StepMask
+from attn_core.engines.transformers.masks import Spans, StepMask, mask_of
 from attn_core.engines.transformers.names import backend_of, implementation_of
 from attn_core.engines.transformers.packing import Packing
 from attn_core.engines.transformers.planning import encoder_len, plan_cached
@@ -105,12 +105,16 @@ class PagedCache(Cache):
         self._encoder = EncoderPages(self._requests)
         kinds = self.plan.config.cached_kinds
         self.latent = any(kind.kind == "mla" for kind in kinds)
+        #: layers that cache keys as they attend to them: neither a latent nor an encoder's
+        self._keyed = frozenset(i for kind in kinds if kind.kind != "mla" and not kind.cross for i in kind.layer_ids)
         self.cross_layers = frozenset(i for kind in kinds if kind.cross for i in kind.layer_ids)
         self._first = min(i for kind in kinds if not kind.cross for i in kind.layer_ids)
         self._step: tuple[PagedStep, Packing] | None = None
         self._spans: Spans | None = None
-        #: of the last decode step
-        self._single: Packing
+        #: of plain decode steps
+        self._single: Packing | None = None
+        #: the plain decode step that is under way, the mask that was looked at and the window of the layer that had it
+        self._plain: tuple[PagedStep, Any, int | None] | None = None
         super().__init__(layers=[self._layer(i) for i in range(max(self.kv_cache.layer_ids) + 1)])
 
     def _open(self, model: Any, *, page_size: int | None, kv_layout: str | None) -> int:
@@ -160,17 +164,54 @@ class PagedCache(Cache):
         """Pages that requests hold, a shared one counted once."""
         return self._requests.in_use
 
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """What a layer calls; the same as the update of ``layers[layer_idx]``."""
+        if layer_idx not in self._keyed:
+            layer = self.layers[layer_idx]
+            assert isinstance(layer, PagedLayer)
+            return layer.update(key_states, value_states)
+        if layer_idx == self._first:
+            self._step = self._plain = None
+        _pending.update = Update(self, layer_idx, key_states, value_states)
+        return key_states, value_states
+
     def accept(self, layer_idx: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """A layer's new keys and values, [B, H, Q, D]; its attention call follows and gets what is given here.
 
         For a latent cache the model expands keys from that, which nobody reads: one column of them is enough.
         """
         if layer_idx == self._first:
-            self._step = None
+            self._step = self._plain = None
         _pending.update = Update(self, layer_idx, keys, values)
         if layer_idx in self.cross_layers:
             self._encoder.accept(keys)
         return (keys[:, :, :1], values[:, :, :1]) if self.latent else (keys, values)
+
+    def plain_decode(
+        self, layer_idx: int, query: Tensor, attention_mask: Any, window: int | None
+    ) -> PagedStep | None:
+        """The step under way, or the one that this layer begins, if it is plain; None where more is to be looked at.
+
+        Plain: one token a request, none of them padded, and a mask that says no more than causality and the layer's own
+        window.
+        """
+        if layer_idx != self._first:
+            plain = self._plain
+            return plain[0] if plain is not None and plain[1] is attention_mask and plain[2] == window else None
+        mask = mask_of(attention_mask)
+        if mask is None or mask.window != window or mask.valid is not None or mask.dense is not None:
+            return None
+        batch_size, _, length, _ = query.shape
+        batch = self._requests.next_decode(batch_size, query.device) if length == 1 else None
+        if batch is None:
+            return None
+        if self._single is None or self._single.batch_size != batch_size:
+            self._single = Packing(batch_size, 1, None, query.device)
+        step = self._start(batch, 1, None)
+        self._step, self._spans, self._plain = (step, self._single), None, (step, attention_mask, window)
+        return step
 
     def step(
         self, update: Update, query: Tensor, mask: StepMask | None, window: int | None
@@ -195,10 +236,6 @@ class PagedCache(Cache):
     def _begin(self, query: Tensor, mask: StepMask | None, spans: Spans | None) -> tuple[PagedStep, Packing]:
         requests = self._requests
         batch_size, _, length, _ = query.shape
-        if length == 1 and spans is None and (mask is None or mask.valid is None):
-            batch = requests.next_decode(batch_size)
-            if batch is not None:
-                return self._start(batch, 1, None), self._single
         valid = requests.columns_after(batch_size, length, None if mask is None else mask.valid)
         packing = Packing(batch_size, length, valid, query.device)
         before = requests.seq_lens()
@@ -206,7 +243,7 @@ class PagedCache(Cache):
         requests.reserve(seq_lens, packing.lens)
         mode = self._mode(packing.lens, before)
         if mode is ForwardMode.DECODE and spans is None:
-            batch, self._single = requests.decode_batch(seq_lens, query.device), packing
+            batch = requests.decode_batch(seq_lens, query.device)
         else:
             batch = ForwardBatch.build(
                 mode,
@@ -222,7 +259,8 @@ class PagedCache(Cache):
     def _start(self, batch: ForwardBatch, length: int, valid: Tensor | None) -> PagedStep:
         self.backend.init_forward_metadata(batch)
         self._requests.append(length, valid)
-        self._encoder.begin()
+        if self.cross_layers:
+            self._encoder.begin()
         return PagedStep(self.planned, self.backend, batch)
 
     def cross_batch(self, mask: Any) -> ForwardBatch:
@@ -244,6 +282,14 @@ class PagedCache(Cache):
                 tensor[to].copy_(tensor[page])
 
     # -- what transformers asks of a cache
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns so far, of any layer."""
+        return self._requests.columns
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """How many columns the next step's masks have, and where they begin."""
+        return self._requests.columns + query_length, 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` columns. Raises ConfigError for a positive number."""

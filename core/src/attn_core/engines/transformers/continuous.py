@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attn_core.engines.transformers.given_keys import GivenKeys, Lengths
+from attn_core.engines.transformers.given_keys import GivenKeys, Lengths, Maths
 from attn_core.errors import ConfigError
 from attn_core.generate.attention import NEUTRAL
 
@@ -25,7 +25,7 @@ def attend_packed(
     key: Tensor,
     value: Tensor,
     cache: Any,
-    maths: dict[str, Any],
+    maths: Maths,
     dropout: float,
     others: dict[str, Any],
 ) -> Tensor:
@@ -53,4 +53,4 @@ def attend_packed(
         int(step["max_length_k"]),
     )
     q, k, v = (states[0].transpose(0, 1).contiguous() for states in (query, keys, values))
-    return given_keys.attend_packed(q, k, v, lengths, causal=True, **maths)[None]
+    return given_keys.attend_packed(q, k, v, lengths, maths, causal=True)[None]

@@ -20,6 +20,10 @@ from attn_core.runtime.kv_cache import KVCache
 from attn_core.runtime.layer import AttentionLayer
 
 
+#: scale, window (None or W), soft cap (0 = off) and sinks ([Hq] or None) of an attention call
+Maths = tuple[float, int | None, float, Tensor | None]
+
+
 @dataclass(slots=True)
 class Lengths:
     """Packed queries and keys: where those of each request begin [B + 1] int32, and the longest."""
@@ -39,7 +43,7 @@ class GivenKeys:
         self._layers: dict[Any, AttentionLayer] = {}
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: StepMask | None, *, causal: bool, **maths: Any
+        self, query: Tensor, key: Tensor, value: Tensor, mask: StepMask | None, maths: Maths, *, causal: bool
     ) -> Tensor:
         """query [B, Hq, Q, D], key and value [B, Hkv, K, D] -> [B, Q, Hq, Dv]; padding is left out and gives zeros.
 
@@ -62,22 +66,13 @@ class GivenKeys:
         keys = Packing(batch_size, columns, valid, query.device)
         lengths = Lengths(queries.starts, keys.starts, max(queries.lens), max(keys.lens))
         packed = queries.pack(query), keys.pack(key), keys.pack(value)
-        return queries.unpack(self.attend_packed(*packed, lengths, causal=causal, **maths))
+        return queries.unpack(self.attend_packed(*packed, lengths, maths, causal=causal))
 
     def attend_packed(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        lengths: Lengths,
-        *,
-        causal: bool,
-        scale: float,
-        sliding_window: int | None,
-        softcap: float,
-        sinks: Tensor | None,
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, maths: Maths, *, causal: bool
     ) -> Tensor:
         """q [T, Hq, D], k [S, Hkv, D], v [S, Hkv, Dv] -> [T, Hq, Dv]."""
+        scale, sliding_window, softcap, sinks = maths
         kind = LayerKind(
             num_q_heads=q.shape[1],
             num_kv_heads=k.shape[1],

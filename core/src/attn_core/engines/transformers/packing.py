@@ -45,11 +45,9 @@ class Packing:
         rows = states.squeeze(2) if self.length == 1 else states.transpose(1, 2).flatten(0, 1)
         return rows.contiguous() if self._rows is None else rows[self._rows]
 
-    def pack_all(self, *states: Tensor) -> tuple[Tensor, ...]:
+    def pack_all(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``pack`` of each."""
-        if self.length == 1 and self._rows is None:
-            return tuple([x.squeeze(2).contiguous() for x in states])
-        return tuple([self.pack(x) for x in states])
+        return self.pack(q), self.pack(k), self.pack(v)
 
     def unpack(self, rows: Tensor) -> Tensor:
         """[T, H, D] -> [B, Q, H, D]; places without a token are zero."""

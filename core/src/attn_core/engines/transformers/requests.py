@@ -68,29 +68,32 @@ class RequestPages:
         self.columns += length
         self.valid = valid
 
-    def next_decode(self, batch_size: int) -> ForwardBatch | None:
-        """What ``decode_batch`` gives for the step after the last one, if all is ready for it: pages, lengths, slots.
+    def next_decode(self, batch_size: int, device: torch.device) -> ForwardBatch | None:
+        """The batch of one more token a request, all of them as long; None before there are any, and with padding.
 
-        None where something is to be made or checked first. No column may be padding.
+        Raises CacheFullError for more pages than there are.
         """
-        coming = self._coming
-        if coming is None or self._table is None or self.valid is not None or len(self.pages) != batch_size:
+        if self.valid is not None or not self.columns or len(self.pages) != batch_size:
             return None
-        lens = coming.next_lens
-        return None if lens is None or lens[0] != self.columns + 1 else coming.take(self._table)
+        coming, seq_len = self._coming, self.columns + 1
+        if self._table is not None and coming is not None and coming.next_lens and coming.next_lens[0] == seq_len:
+            return coming.take()
+        seq_lens = [seq_len] * batch_size
+        self.reserve(seq_lens, [1] * batch_size)
+        return self.decode_batch(seq_lens, device)
 
     def decode_batch(self, seq_lens: Sequence[int], device: torch.device) -> ForwardBatch:
         """What ``ForwardBatch.build`` gives for one more token a request, of tables that are kept between steps."""
         if self._table is None:
-            self._table = page_table_of(self.pages, device)
+            self._table = _table_of(self.pages, device)
             self._coming = None
         coming = self._coming
         if coming is None or coming.next_lens != seq_lens:
             if self._starts is None or self._starts[0].shape[0] != len(seq_lens) + 1:
                 starts = torch.arange(len(seq_lens) + 1, dtype=torch.int32)
                 self._starts = starts, starts.to(device)
-            coming = self._coming = Decodes(self.pages, seq_lens, self._starts, self.page_size)
-        return coming.take(self._table)
+            coming = self._coming = Decodes(self.pages, seq_lens, self._starts, self._table, self.page_size)
+        return coming.take()
 
     def reserve(self, seq_lens: Sequence[int], query_lens: Sequence[int]) -> None:
         """Pages for the new tokens of every request. Raises CacheFullError for more than there are."""
@@ -161,16 +164,23 @@ class RequestPages:
 
 
 class Decodes:
-    """The decode steps up to the first page that is filled: their lengths and slots, one row each, made at once."""
+    """The decode steps up to the first page that is filled: their lengths and slots, one row each, made at once.
+
+    They are one batch, which each step finds changed: transformers has done with a step before it begins the next.
+    """
 
     def __init__(
         self,
         pages: Sequence[Sequence[int]],
         seq_lens: Sequence[int],
         starts: tuple[Tensor, Tensor],
+        table: Tensor,
         page_size: int,
     ) -> None:
-        """``seq_lens`` after the first of these steps, whose tokens the pages hold; ``starts`` on host and device."""
+        """``seq_lens`` after the first of these steps, whose tokens ``pages``, on the device ``table``, hold.
+
+        ``starts`` are the query_start_loc on host and device.
+        """
         device = starts[1].device
         last = [(n - 1) % page_size for n in seq_lens]
         slots = [row[(n - 1) // page_size] * page_size + i for row, n, i in zip(pages, seq_lens, last, strict=True)]
@@ -181,26 +191,37 @@ class Decodes:
         self._slots = torch.tensor([n + i for i in steps for n in slots], device=device).view(-1, count).unbind()
         self._lens_cpu = lens.unbind()
         self._lens = self._lens_cpu if device.type == "cpu" else lens.to(device).unbind()
-        self._starts_cpu, self._starts = starts
         self._taken = 0
-
-    def take(self, table: Tensor) -> ForwardBatch:
-        """The next step, over the pages that ``table`` lists."""
-        assert self.next_lens is not None
-        i, seq_lens = self._taken, self.next_lens
-        self._taken += 1
-        self.next_lens = [n + 1 for n in seq_lens] if self._taken < len(self._slots) else None
-        return ForwardBatch(
+        self._batch = ForwardBatch(
             mode=ForwardMode.DECODE,
-            seq_lens=self._lens[i],
-            query_start_loc=self._starts,
+            seq_lens=self._lens[0],
+            query_start_loc=starts[1],
             page_table=table,
-            slot_mapping=self._slots[i],
+            slot_mapping=self._slots[0],
             max_query_len=1,
             max_seq_len=max(seq_lens),
-            seq_lens_cpu=self._lens_cpu[i],
-            query_start_loc_cpu=self._starts_cpu,
+            seq_lens_cpu=self._lens_cpu[0],
+            query_start_loc_cpu=starts[0],
         )
+
+    def take(self) -> ForwardBatch:
+        """The next step."""
+        assert self.next_lens is not None
+        batch, i = self._batch, self._taken
+        if i:
+            batch.seq_lens, batch.seq_lens_cpu, batch.slot_mapping = self._lens[i], self._lens_cpu[i], self._slots[i]
+            batch.max_seq_len += 1
+            batch.plan_state = None
+        self._taken = i + 1
+        self.next_lens = [n + 1 for n in self.next_lens] if i + 1 < len(self._slots) else None
+        return batch
+
+
+def _table_of(pages: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """``page_table_of``; rows of one length, as most are, at once."""
+    if len({len(row) for row in pages}) == 1 and pages[0]:
+        return torch.tensor(pages, dtype=torch.int32, device=device)
+    return page_table_of(pages, device)
 
 
 def reordered(allocator: PageAllocator, before: list[list[int]], chosen: Sequence[int]) -> list[list[int]]:
