@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 WARPS: Final = 4
 TILE: Final = ExtendTile(block_m=128, block_n=128, warps=8, stages=2, by_head=True)
 HEAD_WIDTH: Final = 128
+#: KV heads whose row blocks take turns.
+NEAR: Final = 1
 
 #: Positions of the arguments that change from layer to layer: q, out, lse.
 MOVING: Final = (0, 6, 7)
@@ -119,7 +121,7 @@ def bind(
         "HKV": geometry.num_kv_heads, "GROUP": geometry.group, "BM": TILE.block_m, "BN": TILE.block_n,
         "STAGES": TILE.stages, "PAGE": geometry.page_size, "BOX": box, "ROWS_PAGE": place.page,
         "ROWS_HEAD": place.head, "COLUMNS_HEAD": place.column, "MAPPED": tile_map is not None,
-        "BY_HEAD": FORCED.get("gluon_by_head", TILE.by_head), "HAS_LSE": lse is not None, "STAY": stay,
+        "NEAR": near_heads(geometry.num_kv_heads), "HAS_LSE": lse is not None, "STAY": stay,
     }  # fmt: skip
     args = [
         q, boxes(layer.k_pool, place, box), boxes(layer.v_pool, place, box), rows.pages, rows.lengths, rows.starts,
@@ -134,6 +136,11 @@ def bind(
 
     programs = min(items, chip.multiprocessors) if stay else items
     return BoundGluonExtend(Strided(attend, STRIDES), programs, place, box, {})
+
+
+def near_heads(heads: int) -> int:
+    """How many KV heads take turns in the order of row blocks: a divisor of ``heads``, at most NEAR."""
+    return math.gcd(heads, int(FORCED.get("near", NEAR)))
 
 
 def boxes(pool: Tensor, place: Place, box: int) -> Any:

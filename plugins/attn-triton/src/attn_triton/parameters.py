@@ -24,7 +24,7 @@ LONG_KEYS: Final = 8192
 
 
 #: What a tuning run tries in place of the table: "decode" and "extend" entries, "cut" ("fixed" or "stream"), "gluon"
-#: (False: plain kernels), "gluon_by_head", "stay". Empty in serving.
+#: (False: plain kernels), "near", "stay". Empty in serving.
 FORCED: Final[dict[str, Any]] = {}
 
 

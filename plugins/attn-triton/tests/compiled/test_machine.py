@@ -130,6 +130,7 @@ def test_arithmetic_is_that_of_the_hardware() -> None:
     assert apply("prmt.b32", word, np.array([0x9ABCDEF0], np.uint32), np.uint32(0x7610)).tolist() == [0x9ABC5678]
     assert apply("lop3.b32", word, ~word, word, np.array(0x96)).tolist() == [int(~word[0] & 0xFFFFFFFF) ^ 0]
     assert apply("div.s32", np.array([-7], np.int32), np.array([2], np.int32)).tolist() == [-3]
+    assert apply("rem.s32", np.array([-7, 7], np.int32), np.array([2, -2], np.int32)).tolist() == [-1, 1]
     assert apply("shr.u32", word, np.array([40], np.uint32)).tolist() == [0]
     numbers = torch.randn(4096)
     assert torch.equal(

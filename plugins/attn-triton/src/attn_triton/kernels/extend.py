@@ -346,8 +346,13 @@ def extend_kernel(
             acc0 = acc0 * factor[:, None]
             acc1 = acc1 * factor[:, None]
 
-        # Read again, volatile, so that the row offsets are computed again and hold no registers across the loops.
-        q_start = tl.load(STARTS + b, volatile=True)
+        # Read again, volatile, so that rows and offsets are computed again and hold no registers across the loops.
+        again = tl.load(STARTS + b, volatile=True)
+        rows = block * BM + (again - q_start) + tl.arange(0, BM)
+        q_start = again
+        token = rows // GROUP
+        head = h * GROUP + rows % GROUP
+        live = token < query_len
         out_at = ((q_start + token).to(tl.int64) * out_token + head * out_head) * UNIT
         c0 = tl.arange(0, V0)
         out0 = finish(acc0, total) * v_scale

@@ -14,6 +14,7 @@ group 1, since the stages let it be two tiles ahead.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -64,13 +65,15 @@ def ask(POOL, rows, column, bar, tiles, first, BOXES: gl.constexpr, BOX: gl.cons
 
 @gluon.jit
 def produce(
-    K_POOL, V_POOL, page_row, k_boxes, v_boxes, k_full, v_full, k_free, v_free, before, tiles, last_page, first_row,
-    column,
+    K_POOL, V_POOL, page_row, k_boxes, v_boxes, k_full, v_full, k_free, v_free, before, begin, end, last_page,
+    first_row, column,
     BOXES: gl.constexpr, BOX: gl.constexpr, BN: gl.constexpr, PAGE: gl.constexpr, ROWS_PAGE: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The producer warp: pages of every tile, keys before values. ``before``: tiles that the program had already."""
-    for i in range(0, tiles):
+    """The producer warp: pages of tiles ``begin``..``end``, keys before values. ``before``: tiles that the program had
+    before tile 0.
+    """
+    for i in range(begin, end):
         stage = (before + i) % STAGES
         phase = ((before + i) // STAGES) & 1
         rows = rows_of(page_row, i * BN, last_page, first_row, BOXES, BOX, PAGE, ROWS_PAGE)
@@ -139,26 +142,48 @@ def run_tiles(
 
 
 @gluon.jit
-def bring_queries(
+def ask_queries(
     Q, q, h, first, q_start, query_len, q_token, q_head, GROUP: gl.constexpr, UNIT: gl.constexpr, flat: gl.constexpr
 ):  # fmt: skip
-    """The ROWS rows from ``first`` on into shared memory, zeros where there are none."""
+    """Ask for the ROWS rows from ``first`` on, for shared memory, zeros where there are none: `have_queries` waits."""
     rows = first + gl.arange(0, ROWS, gl.SliceLayout(1, flat))
     token = rows // GROUP
     column = gl.arange(0, 128, gl.SliceLayout(0, flat))
     q_at = ((q_start + token).to(gl.int64) * q_token + (h * GROUP + rows % GROUP) * q_head) * UNIT
-    q.store(gl.load(Q + q_at[:, None] + column[None, :], mask=(token < query_len)[:, None], other=0.0))
+    live = (token < query_len)[:, None]
+    if UNIT == 1:  # 2 bytes at a time, which no asynchronous copy does
+        q.store(gl.load(Q + q_at[:, None] + column[None, :], mask=live, other=0.0))
+    else:
+        async_copy.async_copy_global_to_shared(q, Q + q_at[:, None] + column[None, :], mask=live)
+        async_copy.commit_group()
+
+
+@gluon.jit
+def have_queries(UNIT: gl.constexpr):
+    """The rows that were asked for are here, for the tensor cores and for all warps of the group."""
+    if UNIT != 1:
+        async_copy.wait_group(0)
     fence_async_shared()
     gl.thread_barrier()
 
 
 @gluon.jit
+def first_scores(q, k_tiles, k_full, count, there, BN: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr):
+    """Scores of tile 0 under way, once its keys are here. Not ``there``: of whatever lies in shared memory."""
+    stage = count % STAGES
+    mbarrier.wait(k_full.index(stage), (count // STAGES) & 1, pred=there)
+    zero = gl.zeros([ROWS, BN], gl.float32, mma)
+    return warpgroup_mma(q, k_tiles.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
 def walk(
-    q, k_tiles, v_tiles, k_full, v_full, k_free, v_free, cleared, first, prefix, length, count, tails, tiles, scale,
+    s, q, k_tiles, v_tiles, k_full, v_full, k_free, v_free, cleared, first, prefix, length, count, tails, tiles, scale,
     WHICH: gl.constexpr, GROUP: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
-    """All tiles of the rows from ``first`` on: what their values add up to, with the last product under way, and their
-    running softmax. ``count``: tiles that the program had already; ``tails``: how many times it cleared a tail.
+    """All tiles of the rows from ``first`` on, with the scores ``s`` of tile 0: what their values add up to, with the
+    last product under way, and their running softmax. ``count``: tiles that the program had already; ``tails``: how
+    many times it cleared a tail.
     """
     row_layout: gl.constexpr = gl.SliceLayout(1, mma)
     last_seen = gl.minimum(prefix + (first + gl.arange(0, ROWS, row_layout)) // GROUP, length - 1)
@@ -166,13 +191,6 @@ def walk(
     top = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
     total = gl.full([ROWS], 0.0, gl.float32, row_layout)
     acc = warpgroup_mma_init(gl.zeros([ROWS, 128], gl.float32, mma))
-    stage = count % STAGES
-    mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
-    zero = gl.zeros([ROWS, BN], gl.float32, mma)
-    s = warpgroup_mma(q, k_tiles.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(0, deps=(s,))
-    gl.thread_barrier()
-    mbarrier.arrive(k_free.index(stage), count=1)
     p, _, top, total = fold(s, top, total, 0, last_seen, scale, True, BN, mma, v_tiles.dtype)
     mbarrier.wait(k_full.index((count + 1) % STAGES), (count + 1) // STAGES & 1, pred=tiles > 1)
     full = gl.maximum(full, 1)
@@ -229,10 +247,14 @@ def consume(
     flat: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     first = (block * 2 + WHICH) * ROWS
     q = q_tiles.index(WHICH)
-    bring_queries(Q, q, h, first, q_start, query_len, q_token, q_head, GROUP, UNIT, flat)
+    ask_queries(Q, q, h, first, q_start, query_len, q_token, q_head, GROUP, UNIT, flat)
+    have_queries(UNIT)
+    s = warpgroup_mma_wait(0, deps=(first_scores(q, k_tiles, k_full, 0, True, BN, STAGES, mma),))
+    gl.thread_barrier()
+    mbarrier.arrive(k_free.index(0), count=1)
     acc, top, total = walk(
-        q, k_tiles, v_tiles, k_full, v_full, k_free, v_free, cleared, first, prefix, length, 0, 0, tiles, scale, WHICH,
-        GROUP, BN, STAGES, mma,
+        s, q, k_tiles, v_tiles, k_full, v_full, k_free, v_free, cleared, first, prefix, length, 0, 0, tiles, scale,
+        WHICH, GROUP, BN, STAGES, mma,
     )  # fmt: skip
     o = warpgroup_mma_wait(0, deps=(acc,))
     write_rows(

@@ -69,6 +69,8 @@ def _binary(parts: tuple[str, ...]) -> Operation:
         return lambda a, n: np.where(n < bits, a >> np.minimum(n, bits - 1).astype(a.dtype), a.dtype.type(0))
     if name == "div":
         return np.divide if kind == "f32" else _truncated
+    if name == "rem":
+        return lambda a, b: (a - _truncated(a, b) * b).astype(a.dtype)
     if name in ("max", "min"):
         return _extreme(name, parts)
     return {"add": np.add, "sub": np.subtract}[name]
