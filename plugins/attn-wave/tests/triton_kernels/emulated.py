@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -34,18 +35,16 @@ class _Launcher(Launcher):
     def build(self, args: Sequence[Any], odd: frozenset[int]) -> Callable[..., None]:
         source = source_of(self.kernel, self, args, odd)
         compiled = triton.compile(source, target=target(ARCH), options=dict(self.options))
-        code = CodeObject.parse(compiled.kernel)
+        code = _code(compiled.kernel)
         threads = 64 * compiled.metadata.num_warps
-        addresses = [hasattr(arg, "data_ptr") for arg in args]
-        floats = [isinstance(arg, float) for arg in args]
+        names = [f"{self.name}: {name}" for name in self.kernel.arg_names]
+        tensors = [i for i, arg in enumerate(args) if hasattr(arg, "data_ptr")]
+        floats = {i for i, arg in enumerate(args) if isinstance(arg, float)}
 
         def run(x: int, y: int, stream: int, *values: Any) -> None:
-            given: list[Argument] = []
-            for i, (is_address, value) in enumerate(zip(addresses, values, strict=False)):
-                if is_address:
-                    given.append(pointer(value, f"{self.name}: {self.kernel.arg_names[i]}") if value else None)
-                else:
-                    given.append(float(value) if floats[i] else int(value))
+            given: list[Argument] = [float(v) if i in floats else int(v) for i, v in enumerate(values[: len(args)])]
+            for i, pointer in pointers({i: values[i] for i in tensors}, names).items():
+                given[i] = pointer
             # two addresses of scratch that these kernels have none of
             given += [None, None]
             launch(code, (x, y, 1), (threads, 1, 1), given, wide=False, dynamic_lds=compiled.metadata.shared)
@@ -56,16 +55,37 @@ class _Launcher(Launcher):
 Emulated.launcher = _Launcher
 
 
-def pointer(address: int, name: str) -> Pointer:
-    """The tensor that ``address`` lies in, from there on; the driver would be given the number alone."""
+@cache
+def _code(blob: bytes) -> CodeObject:
+    """Its instructions are made once for all variants that come out the same."""
+    return CodeObject.parse(blob)
+
+
+def pointers(addresses: Mapping[int, int], names: Sequence[str]) -> dict[int, Pointer | None]:
+    """The tensors that addresses lie in, from there on, by argument; the driver would be given the numbers alone."""
+    found: dict[int, Pointer | None] = {i: None for i, address in addresses.items() if not address}
     for held in gc.get_objects():
         if type(held) is Tensor and held.device.type == "cpu":
             storage = held.untyped_storage()
-            within = address - storage.data_ptr()
-            if 0 <= within < storage.nbytes():
-                raw = torch.empty(0, dtype=torch.uint8)
-                return Pointer(raw.set_(storage, within, (storage.nbytes() - within,)), name, writable=True)  # type: ignore[call-overload]
-    raise AssertionError(f"{name}: no tensor lies at {address:#x}")
+            begin, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+            for i, address in addresses.items():
+                if begin <= address < end and i not in found:
+                    raw = torch.empty(0, dtype=torch.uint8).set_(storage, address - begin, (end - address,))  # type: ignore[call-overload]
+                    found[i] = Pointer(raw, names[i], writable=True)
+    for i in addresses.keys() - found.keys():
+        raise AssertionError(f"{names[i]}: no tensor lies at {addresses[i]:#x}")
+    return found
+
+
+@cache
+def _launchers() -> Emulated:
+    """One for all backends: what one has compiled the others find."""
+    return Emulated()
+
+
+def on_gfx942() -> dict[str, Any]:
+    """What a `TritonBackend` takes to be one on an MI300X in the emulator."""
+    return {"chip": Chip(ARCH, *CHIPS[ARCH]), "launchers": _launchers()}
 
 
 class TritonOnGfx942(TritonBackend):
@@ -74,4 +94,4 @@ class TritonOnGfx942(TritonBackend):
     name: ClassVar[str] = "triton_gfx942"
 
     def __init__(self, config: AttentionConfig, kv_cache: KVCache) -> None:
-        super().__init__(config, kv_cache, chip=Chip(ARCH, *CHIPS[ARCH]), launchers=Emulated())
+        super().__init__(config, kv_cache, **on_gfx942())

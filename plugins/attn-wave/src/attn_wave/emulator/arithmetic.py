@@ -38,13 +38,13 @@ def _int24(x: Any) -> Any:
     return low - ((low & 0x800000) << 1)
 
 
-def _count(x: Any) -> Any:
-    bits = np.unpackbits(spread(x).view(np.uint8).reshape(64, 4), axis=1)
+def count_bits(x: Any) -> Any:
+    bits = np.unpackbits(spread(x).view(np.uint8).reshape(-1, 4), axis=1)
     return bits.sum(1).astype(U32)
 
 
 def _reverse(x: Any) -> Any:
-    bits = np.unpackbits(spread(x).view(np.uint8).reshape(64, 4), axis=1, bitorder="little")[:, ::-1]
+    bits = np.unpackbits(spread(x).view(np.uint8).reshape(-1, 4), axis=1, bitorder="little")[:, ::-1]
     return np.packbits(np.ascontiguousarray(bits), axis=1, bitorder="little").view(U32)[:, 0]
 
 
@@ -60,8 +60,9 @@ def _bytes(a: Any, b: Any, choice: Any) -> Any:
                 moved = source << U32(left) if left >= 0 else source >> U32(-left)
                 result = result | moved & mask
             return result
-    source = np.stack([spread(b), spread(a)], 1).view(np.uint8)
-    chosen = np.ascontiguousarray(spread(choice)).view(np.uint8).reshape(64, 4)
+    low, high, choices = np.broadcast_arrays(spread(b), spread(a), spread(choice))
+    source = np.stack([low, high], 1).view(np.uint8)
+    chosen = np.ascontiguousarray(choices).view(np.uint8).reshape(-1, 4)
     result = np.where(chosen < 8, np.take_along_axis(source, np.minimum(chosen, 7).astype(I64), 1), 0)
     for code, byte in ((8, 1), (9, 3), (10, 5), (11, 7)):
         sign = np.where(source[:, byte : byte + 1] & 0x80, 0xFF, 0)
@@ -150,11 +151,6 @@ FLOAT: Final[Mapping[str, Function]] = {
     "v_div_fmas_f32": fused,
     "v_div_fixup_f32": _fixed_up,
 }
-#: for each lane the bits of those below it, of the first 32 and of the others
-_LANES_BELOW: Final = [
-    np.array([(1 << min(32, max(0, n - first))) - 1 for n in range(64)], U64).astype(U32) for first in (0, 32)
-]
-
 #: uint32 operands to a uint32 result
 INTEGER: Final[Mapping[str, Function]] = {
     "v_mov_b32": lambda a: a,
@@ -197,8 +193,6 @@ INTEGER: Final[Mapping[str, Function]] = {
     "v_bfe_i32": _signed_field,
     "v_alignbit_b32": _align,
     "v_alignbyte_b32": lambda a, b, c: _align(a, b, (c & U32(3)) * U32(8)),
-    "v_mbcnt_lo_u32_b32": lambda a, b: b + _count(a & _LANES_BELOW[0]),
-    "v_mbcnt_hi_u32_b32": lambda a, b: b + _count(a & _LANES_BELOW[1]),
     "v_perm_b32": _bytes,
     "v_cvt_f32_u32": lambda a: a.astype(F32).view(U32),
     "v_cvt_f32_i32": lambda a: int32(a).astype(F32).view(U32),

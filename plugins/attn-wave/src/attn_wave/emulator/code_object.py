@@ -32,6 +32,9 @@ ARCHITECTURES: Final = {0x4C: "gfx942", 0x4F: "gfx950"}
 #: The first LLVM that knows an architecture, and the newest that was tried.
 _FIRST_LLVM: Final = {"gfx942": 17, "gfx950": 20}
 _LAST_LLVM: Final = 23
+_OF_VECTORS: Final = ("v_", "ds_", "global_", "flat_", "buffer_")
+#: Vector instructions that read or write one lane of a wave.
+_OF_A_LANE: Final = frozenset(("v_readfirstlane_b32", "v_readlane_b32", "v_writelane_b32"))
 _LOADED: Final = 1
 _SYMBOLS: Final = (2, 11)
 
@@ -94,6 +97,29 @@ class CodeObject:
     def actions(self) -> list[Action | None]:
         """What each instruction does, made when it is first reached."""
         return [None] * len(self.instructions)
+
+    @cached_property
+    def in_step(self) -> list[bool]:
+        """Whether waves in step do each instruction at once: those of vectors, but for those of a single lane."""
+        return [
+            i.name.startswith(_OF_VECTORS) and i.base not in _OF_A_LANE and not switches
+            for i, switches in zip(self.instructions, self.switches_lanes, strict=True)
+        ]
+
+    @cached_property
+    def switches_lanes(self) -> list[bool]:
+        """Whether each instruction may change which lanes are active."""
+        return ["exec" in i.text or i.name.startswith("v_cmpx") for i in self.instructions]
+
+    @cached_property
+    def rows(self) -> tuple[int, int]:
+        """How many vector and accumulation registers its instructions name."""
+        ends = {"v": 1, "a": 1}
+        for instruction in self.instructions:
+            for op in instruction.operands:
+                if op.kind in ends:
+                    ends[op.kind] = max(ends[op.kind], op.index + max(op.count, 4))
+        return ends["v"], ends["a"]
 
     def action(self, place: int) -> Action:
         """The action at ``place``. Raises EmulationError for an instruction that is not modelled."""

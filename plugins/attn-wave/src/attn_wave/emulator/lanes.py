@@ -67,7 +67,12 @@ class LaneReads:
         if self._dpp is not None and position == 0:
             source, valid = self._dpp
             where = np.clip(source, 0, 63)
-            return lambda w: np.where(valid & w.active[where], spread(bits(w))[where], U32(0))
+
+            def moved(w: Wave) -> Lanes:
+                there = w.across(where)
+                return np.where(w.each(valid) & w.active[there], w.spread(bits(w))[there], U32(0))
+
+            return moved
         return bits
 
     def write(self, op: Operand) -> WriteLanes:
@@ -85,7 +90,7 @@ class LaneReads:
         bounded = "bound_ctrl" in self._modifiers
 
         def write(w: Wave, value: Any) -> None:
-            lanes = kept if bounded else kept & valid & w.active[where]
+            lanes = w.each(kept) if bounded else w.each(kept & valid) & w.active[w.across(where)]
             np.copyto(w.vector[op.index], spread(value).astype(U32), where=w.active & lanes)
 
         return write
@@ -156,7 +161,12 @@ def permute(instruction: Instruction) -> Action | None:
 def _swizzle(instruction: Instruction) -> Action:
     into, source = instruction.operands
     where, read, write = swizzle_sources(instruction.modifiers["offset"]), bits32(source), set_lanes(into)
-    return lambda w: write(w, np.where(w.active[where], spread(read(w))[where], U32(0)))
+
+    def act(w: Wave) -> None:
+        there = w.across(where)
+        write(w, np.where(w.active[there], w.spread(read(w))[there], U32(0)))
+
+    return act
 
 
 def _pull(instruction: Instruction) -> Action:
@@ -164,8 +174,8 @@ def _pull(instruction: Instruction) -> Action:
     where, read, write, offset = bits32(address), bits32(source), set_lanes(into), instruction.integer("offset")
 
     def act(w: Wave) -> None:
-        lanes = (spread(where(w)).astype(I64) + offset) >> 2 & 63
-        write(w, np.where(w.active[lanes], spread(read(w))[lanes], U32(0)))
+        lanes = ((w.spread(where(w)).astype(I64) + offset) >> 2 & 63) + w.first_lanes
+        write(w, np.where(w.active[lanes], w.spread(read(w))[lanes], U32(0)))
 
     return act
 
@@ -175,9 +185,9 @@ def _push(instruction: Instruction) -> Action:
     where, read, write = bits32(address), bits32(source), set_lanes(into)
 
     def act(w: Wave) -> None:
-        lanes = spread(where(w)).astype(I64) >> 2 & 63
-        result = np.zeros(64, U32)
-        result[lanes[w.active]] = spread(read(w))[w.active]
+        lanes = (w.spread(where(w)).astype(I64) >> 2 & 63) + w.first_lanes
+        result = np.zeros(w.lanes, U32)
+        result[lanes[w.active]] = w.spread(read(w))[w.active]
         write(w, result)
 
     return act
@@ -185,12 +195,12 @@ def _push(instruction: Instruction) -> Action:
 
 def _read_first(instruction: Instruction) -> Action:
     write, read = set_scalar32(instruction.operands[0]), bits32(instruction.operands[1])
-    return lambda w: write(w, int(spread(read(w))[int(w.active.argmax())]))
+    return lambda w: write(w, int(w.spread(read(w))[int(w.active.argmax())]))
 
 
 def _read_lane(instruction: Instruction) -> Action:
     write, read, lane = set_scalar32(instruction.operands[0]), *map(bits32, instruction.operands[1:])
-    return lambda w: write(w, int(spread(read(w))[int(lane(w)) & 63]))
+    return lambda w: write(w, int(w.spread(read(w))[int(lane(w)) & 63]))
 
 
 def _write_lane(instruction: Instruction) -> Action:

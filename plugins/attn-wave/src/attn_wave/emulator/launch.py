@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Final
@@ -16,6 +16,7 @@ from torch import Tensor
 from attn_wave.emulator.code_object import CodeObject
 from attn_wave.emulator.control import BARRIER
 from attn_wave.emulator.faults import EmulationError
+from attn_wave.emulator.gang import Gang
 from attn_wave.emulator.memory import Memory
 from attn_wave.emulator.wave import GARBAGE, LOW32, U32, Wave
 
@@ -25,6 +26,8 @@ _CODE: Final = 0x1000000
 _TENSORS: Final = 1 << 40
 #: A kernel of the kit's cases takes thousands: a loop that never ends is stopped.
 MAX_INSTRUCTIONS: Final = 20_000_000
+#: Workgroups in step: more are slower, since their registers leave the cache.
+GANG: Final = 64
 #: Rounding to nearest in both places, denormals kept in both: what numpy does.
 _FLOAT_MODE: Final = 0xF0
 _WORKGROUP_ID_BITS: Final = (0x80, 0x100, 0x200)
@@ -75,9 +78,13 @@ def launch(
     memory.add(_ARGUMENTS, np.frombuffer(packed + bytes(64), np.uint8), "the arguments", writable=False)
     memory.add(_CODE, code.image, "the code", writable=False)
     with np.errstate(all="ignore"):
-        groups = list(product(range(grid[2]), range(grid[1]), range(grid[0])))
-        order = reversed(groups) if backwards else groups
-        return sum(_workgroup(code, memory, (x, y, z), block, dynamic_lds, backwards) for z, y, x in order)
+        groups = [(x, y, z) for z, y, x in product(range(grid[2]), range(grid[1]), range(grid[0]))]
+        if backwards:
+            groups.reverse()
+        return sum(
+            _workgroups(code, memory, groups[first : first + GANG], block, dynamic_lds, backwards)
+            for first in range(0, len(groups), GANG)
+        )
 
 
 def _packed(arguments: Sequence[Argument], memory: Memory, wide: bool) -> bytes:
@@ -118,24 +125,31 @@ def _bytes_of(tensor: Tensor) -> NDArray[np.uint8]:
     return found
 
 
-def _workgroup(code: CodeObject, memory: Memory, group: Sizes, block: Sizes, dynamic_lds: int, backwards: bool) -> int:
-    """Its waves take turns, each from barrier to barrier."""
-    threads = block[0] * block[1] * block[2]
+def _workgroups(
+    code: CodeObject, memory: Memory, groups: Sequence[Sizes], block: Sizes, dynamic_lds: int, backwards: bool
+) -> int:
+    """Their waves take turns, from barrier to barrier: the first of every workgroup, then the second of every one."""
     size = code.lds_size + dynamic_lds
-    lds = np.full((size + 3) // 4, GARBAGE, U32).view(np.uint8)[:size]
-    waves = [_wave(code, memory, lds, group, block, first) for first in range(0, threads, 64)]
-    if backwards:
-        waves.reverse()
+    room = -(-size // 16) * 16
+    lds = np.full(len(groups) * room // 4, GARBAGE, U32).view(np.uint8)
+    firsts = range(0, block[0] * block[1] * block[2], 64)
+    turns = [
+        [
+            _wave(code, Wave(memory, lds, i * room, size, code.rows), group, block, first)
+            for i, group in enumerate(groups)
+        ]
+        for first in (reversed(firsts) if backwards else firsts)
+    ]
     total = 0
-    while waves:
-        for wave in waves:
-            total += _to_barrier(code, wave)
-        waves = [wave for wave in waves if not wave.done]
+    while any(turns):
+        for waves in turns:
+            total += run_to_barrier(code, waves)
+        turns = [[wave for wave in waves if not wave.done] for waves in turns]
     return total
 
 
-def _wave(code: CodeObject, memory: Memory, lds: NDArray[np.uint8], group: Sizes, block: Sizes, first: int) -> Wave:
-    wave = Wave(memory, lds)
+def _wave(code: CodeObject, wave: Wave, group: Sizes, block: Sizes, first: int) -> Wave:
+    """``wave`` as it begins."""
     count = min(64, block[0] * block[1] * block[2] - first)
     wave.set_exec((1 << count) - 1)
     wave.scalar[0], wave.scalar[1] = _ARGUMENTS & LOW32, _ARGUMENTS >> 32
@@ -151,19 +165,60 @@ def _wave(code: CodeObject, memory: Memory, lds: NDArray[np.uint8], group: Sizes
     return wave
 
 
-def _to_barrier(code: CodeObject, wave: Wave) -> int:
-    place, actions, count = wave.place, code.actions, 0
+def run_to_barrier(code: CodeObject, waves: Sequence[Wave]) -> int:
+    """Runs waves of different workgroups to a barrier or their end; returns how many instructions they took.
+
+    Those at one place go on in step. Where they part, those that are behind go first, until they are where others are.
+    """
+    behind: dict[int, list[Wave]] = {}
+    for wave in waves:
+        behind.setdefault(wave.place, []).append(wave)
+    total = 0
+    gang: Wave | None = None
+    while behind:
+        place = min(behind)
+        here = behind.pop(place)
+        if gang is None or list(gang.waves) != here:
+            gang = here[0] if len(here) == 1 else Gang(here)
+        total += _in_step(code, gang, place, behind)
+        for wave in here:
+            if wave.place >= 0:
+                behind.setdefault(wave.place, []).append(wave)
+            else:
+                wave.place = ~wave.place
+    return total
+
+
+def _in_step(code: CodeObject, gang: Wave, place: int, others: Container[int]) -> int:
+    """Runs ``gang`` from ``place`` until its waves part, are where others are, wait or end: their place is inverted."""
+    actions, in_step, waves, count = code.actions, code.in_step, gang.waves, 0
     try:
         while count < MAX_INSTRUCTIONS:
             count += 1
-            goes_to = (actions[place] or code.action(place))(wave)
+            action = actions[place] or code.action(place)
+            if not isinstance(gang, Gang) or in_step[place]:
+                goes_to = action(gang)
+            else:
+                to = [action(wave) for wave in waves]
+                if code.switches_lanes[place]:
+                    gang.follow()
+                goes_to = to[0]
+                if to.count(goes_to) != len(to):
+                    for wave, there in zip(waves, to, strict=True):
+                        wave.place = place + 1 if there is None else there
+                    return count * len(waves)
             if goes_to is None:
                 place += 1
             elif goes_to >= 0:
                 place = goes_to
             else:
-                wave.place = place + (goes_to == BARRIER)
-                return count
+                for wave in waves:
+                    wave.place = ~(place + (goes_to == BARRIER))
+                return count * len(waves)
+            if place in others:
+                for wave in waves:
+                    wave.place = place
+                return count * len(waves)
     except (ValueError, IndexError, OverflowError) as error:
         raise EmulationError(f"{code.name}: {code.instructions[place].text}: {error!r}") from error
     raise EmulationError(f"{code.name}: more than {MAX_INSTRUCTIONS} instructions in one wave")

@@ -33,9 +33,9 @@ def matrix(instruction: Instruction) -> Action | None:
     accumulation = into.kind == "a"
 
     def act(w: Wave) -> None:
-        product = left(w) @ right(w).T
+        product = left(w) @ right(w).transpose(0, 2, 1)
         # register 4 * m + n of a lane in group g holds row 4 * (groups * m + g) + n of the product
-        blocked = product.reshape(blocks, groups, 4, side).transpose(0, 2, 1, 3).reshape(4 * blocks, 64)
+        blocked = product.reshape(-1, blocks, groups, 4, side).transpose(1, 3, 0, 2, 4).reshape(4 * blocks, -1)
         registers = w.accumulators if accumulation else w.vector
         registers[into.index : into.index + 4 * blocks] = (blocked + add(w)).view(U32)
 
@@ -43,7 +43,7 @@ def matrix(instruction: Instruction) -> Action | None:
 
 
 def _rows_of(op: Operand, side: int, depth: int, dtype: str) -> Callable[[Wave], Lanes]:
-    """[side, depth] fp32, from registers of two halves or one fp32 each."""
+    """[waves, side, depth] fp32, from registers of two halves or one fp32 each."""
     groups, halves = 64 // side, 1 if dtype == "f32" else 2
     registers = depth // groups // halves
     block = _block(op, registers)
@@ -56,13 +56,13 @@ def _rows_of(op: Operand, side: int, depth: int, dtype: str) -> Callable[[Wave],
             values = raw.view(F16).astype(F32)
         else:
             values = (raw.view(np.uint16).astype(U32) << U32(16)).view(F32)
-        return values.reshape(registers, groups, side, halves).transpose(2, 1, 0, 3).reshape(side, depth)
+        return values.reshape(registers, -1, groups, side, halves).transpose(1, 3, 2, 0, 4).reshape(-1, side, depth)
 
     return read
 
 
 def _block(op: Operand, count: int) -> Callable[[Wave], Lanes]:
-    """[count, 64] uint32: the registers themselves, not a copy."""
+    """[count, lanes] uint32: the registers themselves, not a copy."""
     first, last = op.index, op.index + count
     if op.kind == "v":
         return lambda w: w.vector[first:last]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final
 
 import numpy as np
@@ -10,9 +11,15 @@ from numpy.typing import NDArray
 
 from attn_wave.emulator.faults import MemoryFaultError
 
-#: The lanes of a wave of which none is switched off: always this array.
-ALL: Final = np.ones(64, bool)
-ALL.setflags(write=False)
+
+@cache
+def all_lanes(count: int) -> NDArray[np.bool_]:
+    """[count] true, read-only: lanes of which none is switched off. Always the same array."""
+    found = np.ones(count, bool)
+    found.setflags(write=False)
+    return found
+
+
 #: A type of so many bytes, and which power of two that is.
 _UNITS: Final = {1: (np.uint8, 0), 2: (np.uint16, 1), 4: (np.uint32, 2), 8: (np.uint64, 3), 16: (np.complex128, 4)}
 _BYTES: Final = {size: np.arange(size) for size in (1, 2, 4, 8, 12, 16)}
@@ -76,19 +83,19 @@ class Memory:
         )
 
     def load(self, addresses: NDArray[Any], size: int, active: NDArray[np.bool_], what: str) -> NDArray[np.uint8]:
-        """[64, size] bytes, those of the active lanes read at their ``addresses``."""
-        if active is ALL:
+        """[lanes, size] bytes, those of the active lanes read at their ``addresses``."""
+        if active is all_lanes(active.size):
             lowest = int(addresses.min())
             buffer = self.find(lowest, size, what)
             if int(addresses.max()) + size <= buffer.end:
                 return read_bytes(buffer.data, (addresses - np.uint64(buffer.base)).view(np.int64), size)
-        out = np.zeros((64, size), np.uint8)
+        out = np.zeros((active.size, size), np.uint8)
         for lanes, buffer in self._groups(addresses, size, active, what):
             out[lanes] = read_bytes(buffer.data, (addresses[lanes] - np.uint64(buffer.base)).view(np.int64), size)
         return out
 
     def store(self, addresses: NDArray[Any], data: NDArray[np.uint8], active: NDArray[np.bool_], what: str) -> None:
-        """Writes ``data`` [64, size] of the active lanes. Raises MemoryFaultError, also for what is only read."""
+        """Writes ``data`` [lanes, size] of the active lanes. Raises MemoryFaultError, also for what is only read."""
         size = data.shape[1]
         for lanes, buffer in self._groups(addresses, size, active, what):
             if not buffer.writable:

@@ -13,7 +13,7 @@ from attn_wave.emulator.faults import EmulationError, MemoryFaultError
 from attn_wave.emulator.instructions import Instruction, Operand
 from attn_wave.emulator.memory import read_bytes, write_bytes
 from attn_wave.emulator.operands import bits32, bits64, scalar32, scalar64, set_lanes
-from attn_wave.emulator.wave import I32, I64, LOW64, U32, U64, Action, Lanes, Wave, spread
+from attn_wave.emulator.wave import I32, I64, LOW64, U32, U64, Action, Lanes, Wave
 
 _BYTES: Final = {
     "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16, "ushort": 2, "sshort": 2, "short": 2, "ubyte": 1,
@@ -50,11 +50,15 @@ def _global(instruction: Instruction, match: re.Match[str]) -> Action:
     offset = instruction.integer("offset")
     if base.kind == "off":
         wide, plus = bits64(address), U64(offset & LOW64)
-        return _moves(instruction, match, data, lambda w: (spread(wide(w) + plus), w.active))
+        return _moves(instruction, match, data, lambda w: (w.spread(wide(w) + plus), w.active))
     start, narrow = scalar64(base), bits32(address)
+
+    def first(w: Wave) -> int:
+        return start(w) + offset & LOW64
+
     return _moves(
         instruction, match, data,
-        lambda w: (spread(narrow(w)).astype(U64) + U64(start(w) + offset & LOW64), w.active),
+        lambda w: (w.spread(narrow(w)).astype(U64) + w.scalar_lanes64(first), w.active),
     )  # fmt: skip
 
 
@@ -66,10 +70,13 @@ def _buffer(instruction: Instruction, match: re.Match[str]) -> Action:
     size, first, offset = _BYTES[match[2]], resource.index, U64(instruction.integer("offset"))
     more, lanes = scalar32(extra), bits32(lane_offset) if "offen" in instruction.modifiers else None
 
+    def start(w: Wave) -> int:
+        return (w.scalar[first] | (w.scalar[first + 1] & 0xFFFF) << 32) + more(w)
+
     def addresses(w: Wave) -> tuple[Lanes, NDArray[np.bool_]]:
-        base = w.scalar[first] | (w.scalar[first + 1] & 0xFFFF) << 32
-        within = (spread(lanes(w)).astype(U64) if lanes else np.zeros(64, U64)) + offset
-        return U64(base + more(w)) + within, w.active & (within + U64(size) <= U64(w.scalar[first + 2]))
+        within = (w.spread(lanes(w)).astype(U64) if lanes else np.zeros(w.lanes, U64)) + offset
+        records = w.scalar_lanes(first + 2).astype(U64)
+        return w.scalar_lanes64(start) + within, w.active & (within + U64(size) <= records)
 
     return _moves(instruction, match, data, addresses)
 
@@ -99,7 +106,7 @@ def _gathered(data: Operand, size: int, half: str) -> Callable[[Wave], NDArray[n
     shift = U32(16 if half.endswith("hi") else 0)
 
     def read(w: Wave) -> NDArray[np.uint8]:
-        rows = np.empty((64, len(words)), U32)
+        rows = np.empty((w.lanes, len(words)), U32)
         for i, word in enumerate(words):
             rows[:, i] = word(w)
         return (rows >> shift if shift else rows).view(np.uint8)[:, :size]
@@ -132,7 +139,7 @@ def _delivered(data: Operand, size: int, half: str, *, signed: bool) -> Deliver:
 
 def _narrow(data: NDArray[np.uint8], signed: bool) -> Lanes:
     size = data.shape[1]
-    wide = np.zeros((64, 4), np.uint8)
+    wide = np.zeros((len(data), 4), np.uint8)
     wide[:, :size] = data
     value: Lanes = wide.view(U32)[:, 0]
     if signed:
@@ -157,7 +164,7 @@ def _lds(instruction: Instruction, match: re.Match[str]) -> Action:
     gathers = [(offset, _gathered(source, size, half)) for offset, source in zip(offsets, sources, strict=True)]
 
     def write(w: Wave) -> None:
-        start = spread(where(w))
+        start = w.spread(where(w))
         for offset, gather in gathers:
             data = gather(w)
             write_bytes(w.lds, _lds_place(w, start, offset, size, instruction), data if w.full else data[w.active])
@@ -174,13 +181,13 @@ def _lds_read(instruction: Instruction, size: int, half: str, offsets: list[int]
     ]
 
     def read(w: Wave) -> None:
-        start = spread(where(w)).copy()  # the result may take the address's register
+        start = w.spread(where(w)).copy()  # the result may take the address's register
         for offset, deliver in zip(offsets, delivers, strict=True):
             found = read_bytes(w.lds, _lds_place(w, start, offset, size, instruction), size)
             if w.full:
                 deliver(w, found)
             else:
-                data = np.zeros((64, size), np.uint8)
+                data = np.zeros((w.lanes, size), np.uint8)
                 data[w.active] = found
                 deliver(w, data)
 
@@ -190,9 +197,11 @@ def _lds_read(instruction: Instruction, size: int, half: str, offsets: list[int]
 def _lds_place(w: Wave, start: Lanes, offset: int, size: int, instruction: Instruction) -> Lanes:
     """Where the active lanes begin in the LDS, bytes. Raises MemoryFaultError for any outside."""
     first = (start if w.full else start[w.active]).astype(I64) + offset
-    if first.size and (int(first.min()) < 0 or int(first.max()) + size > w.lds.size):
+    if first.size and (int(first.min()) < 0 or int(first.max()) + size > w.lds_size):
         raise MemoryFaultError(
             f"{instruction.text} at {instruction.address:#x}: LDS bytes {first.min()} to {first.max() + size}",
-            accepted=f"0 to {w.lds.size}, which the code object asks for",
+            accepted=f"0 to {w.lds_size}, which the code object asks for",
         )
-    return first
+    base = w.lds_first
+    found: Lanes = first + (base if w.full or isinstance(base, int) else base[w.active])
+    return found

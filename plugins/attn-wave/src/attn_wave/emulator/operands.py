@@ -10,7 +10,7 @@ import numpy as np
 
 from attn_wave.emulator.faults import EmulationError
 from attn_wave.emulator.instructions import Operand
-from attn_wave.emulator.wave import EXEC, F16, F32, I32, LOW32, LOW64, U32, U64, Lanes, Wave, mask_of, spread
+from attn_wave.emulator.wave import EXEC, F16, F32, I32, LOW32, LOW64, U32, U64, Lanes, Wave, spread
 
 ReadLanes = Callable[[Wave], Any]
 ReadScalar = Callable[[Wave], int]
@@ -91,10 +91,10 @@ def set_scalar64(op: Operand) -> WriteScalar:
 def set_mask(op: Operand) -> WriteLanes:
     """Writes a bool of each lane into two scalar registers; inactive lanes are 0."""
     write = set_scalar64(op)
-    return lambda w, lanes: write(w, mask_of(spread(lanes) & w.active))
+    return lambda w, lanes: w.set_masks(write, lanes & w.active)
 
 
-# -- lanes, as numpy arrays of 64 or numpy scalars
+# -- lanes, as numpy arrays or, where all lanes have the same, of one or none dimension
 
 
 def bits32(op: Operand) -> ReadLanes:
@@ -105,7 +105,7 @@ def bits32(op: Operand) -> ReadLanes:
     if op.kind == "a":
         return lambda w: w.accumulators[index]
     if op.kind == "s":
-        return lambda w: U32(w.scalar[index])
+        return lambda w: w.scalar_lanes(index)
     if op.kind in ("constant", "float"):
         constant = U32(index & LOW32)
         return lambda w: constant
@@ -118,13 +118,13 @@ def bits64(op: Operand) -> ReadLanes:
         low, high = bits32(op.part(0)), bits32(op.part(1))
 
         def both(w: Wave) -> Lanes:
-            words = np.empty(128, U32)
+            words = np.empty(2 * w.lanes, U32)
             words[0::2], words[1::2] = low(w), high(w)
             return words.view(U64)
 
         return both
     read = scalar64(op)
-    return lambda w: U64(read(w))
+    return lambda w: w.scalar_lanes64(read)
 
 
 def float32(op: Operand, read: ReadLanes | None = None) -> ReadLanes:
@@ -142,9 +142,9 @@ def float32(op: Operand, read: ReadLanes | None = None) -> ReadLanes:
 
 
 def half(op: Operand, read: ReadLanes | None = None, shift: int = 0) -> ReadLanes:
-    """fp16 [64] of the low half of a register, or of the half above ``shift`` bits; constants are fp16 themselves."""
+    """fp16 of the low half of a register, or of the half above ``shift`` bits; constants are fp16 themselves."""
     if op.kind == "float":
-        constant = np.full(64, -op.number if op.negative else op.number, F16)
+        constant = np.full(1, -op.number if op.negative else op.number, F16)
         return lambda w: constant
     bits = read or bits32(op)
 
@@ -157,7 +157,7 @@ def half(op: Operand, read: ReadLanes | None = None, shift: int = 0) -> ReadLane
 
 
 def integer32(op: Operand, read: ReadLanes | None = None) -> ReadLanes:
-    """int32 [64]."""
+    """int32 [lanes], or [1] for all."""
     bits = read or bits32(op)
     return lambda w: spread(bits(w)).view(I32)
 
@@ -191,5 +191,5 @@ def set_lanes64(op: Operand) -> WriteLanes:
 
 
 def half_bits(values: Lanes) -> Lanes:
-    """fp16 or uint16 [64] as uint32."""
+    """fp16 or uint16 as uint32."""
     return values.view(np.uint16).astype(U32)

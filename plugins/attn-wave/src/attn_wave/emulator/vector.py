@@ -24,10 +24,14 @@ from attn_wave.emulator.operands import (
     set_mask,
     set_scalar64,
 )
-from attn_wave.emulator.wave import F16, F32, F64, I64, LOW32, U32, U64, Action, Lanes, Wave, lanes_of, spread
+from attn_wave.emulator.wave import F16, F32, F64, I64, LOW32, U32, U64, Action, Lanes, Wave, spread
 
 _COMPARISON: Final = re.compile(r"v_cmp_([a-z]+)_(f32|f16|[ui]16|[ui]32|[ui]64)")
 _CARRY: Final = re.compile(r"v_(add|sub|subrev|addc|subb|subbrev)_co_u32")
+#: for each lane the bits of those below it, of the first 32 and of the others
+_LANES_BELOW: Final = [
+    np.array([(1 << min(32, max(0, n - first))) - 1 for n in range(64)], U64).astype(U32) for first in (0, 32)
+]
 
 
 def vector(instruction: Instruction) -> Action | None:
@@ -129,7 +133,7 @@ def _carry(instruction: Instruction, name: str) -> Action:
 
     def act(w: Wave) -> None:
         x, y = spread(a(w)).astype(I64), spread(b(w)).astype(I64)
-        more = lanes_of(before(w)).astype(I64) if before else 0
+        more = w.masks(before).astype(I64) if before else 0
         result = x + y + more if name.startswith("add") else (y - x if name.endswith("rev") else x - y) - more
         write(w, (result & LOW32).astype(U32))
         flag(w, (result > LOW32) | (result < 0))
@@ -145,7 +149,7 @@ def _select(instruction: Instruction) -> Action:
     into, no, yes, *mask = instruction.operands
     write, chosen = lanes.write(into), scalar64(mask[0] if mask else operand("vcc"))
     reads = [float32(op, lanes.read(op, i)) for i, op in enumerate((no, yes))]
-    return lambda w: write(w, np.where(lanes_of(chosen(w)), reads[1](w).view(U32), reads[0](w).view(U32)))
+    return lambda w: write(w, np.where(w.masks(chosen), reads[1](w).view(U32), reads[0](w).view(U32)))
 
 
 def _accumulate(instruction: Instruction) -> Action:
@@ -177,7 +181,8 @@ def _divide_scale(instruction: Instruction) -> Action:
 
     def act(w: Wave) -> None:
         write(w, read(w).view(U32))
-        clear(w, 0)
+        for wave in w.waves:
+            clear(wave, 0)
 
     return act
 
@@ -245,6 +250,14 @@ def _shift_add_wide(instruction: Instruction) -> Action:
     return lambda w: write(w, spread((a(w) << (by(w) & U32(7)).astype(U64)) + c(w)))
 
 
+def _count_below(instruction: Instruction) -> Action:
+    """v_mbcnt: how many bits of a mask are those of lanes below one's own, of the first 32 lanes or of the others."""
+    into, mask, plus = instruction.operands
+    write, a, b = set_lanes(into), bits32(mask), bits32(plus)
+    below = _LANES_BELOW["_hi_" in instruction.base]
+    return lambda w: write(w, b(w) + arithmetic.count_bits(a(w) & w.each(below)))
+
+
 def _move_wide(instruction: Instruction) -> Action:
     into, source = instruction.operands
     write, read = set_lanes64(into), bits64(source)
@@ -273,4 +286,6 @@ _SPECIAL: Final[dict[str, Callable[[Instruction], Action]]] = {
     "v_fma_mixhi_f16": _fused_mixed,
     "v_lshl_add_u64": _shift_add_wide,
     "v_mov_b64": _move_wide,
+    "v_mbcnt_lo_u32_b32": _count_below,
+    "v_mbcnt_hi_u32_b32": _count_below,
 }
