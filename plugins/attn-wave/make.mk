@@ -6,7 +6,7 @@ WAVE_TESTS   := plugins/attn-wave/tests/hip_launches
 WAVE_VERSION := 3.9.1
 PLUGIN_TESTS += test-wave-runtime test-wave-triton
 
-.PHONY: test-wave-runtime test-wave-triton wave-compile
+.PHONY: test-wave-runtime test-wave-triton verify-wave-triton wave-compile
 
 # An empty environment over .venv: $(1) is its folder, the rest what pip installs there.
 define wave-environment
@@ -40,3 +40,8 @@ wave-compile: $(WAVE_ENV)/.ready
 # Another compiler's code: attn-triton's kernels as an MI300X would run them, in the emulator. Needs llvm-objdump too.
 test-wave-triton: $(TRITON_ENV)/.ready
 	$(TRITON_ENV)/bin/python -m pytest plugins/attn-wave/tests/triton_kernels
+
+# The whole conformance kit over them, with evidence: about half an hour of one core.
+verify-wave-triton: $(TRITON_ENV)/.ready
+	cd plugins/attn-wave/tests && TRITON_CACHE_DIR=$(CURDIR)/$(TRITON_ENV)/cache $(CURDIR)/$(TRITON_ENV)/bin/python \
+		-m triton_kernels.verify --evidence $(CURDIR)/evidence

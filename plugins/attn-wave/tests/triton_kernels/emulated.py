@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
+from weakref import WeakValueDictionary
 
 import torch
 import triton
@@ -61,26 +63,66 @@ def _code(blob: bytes) -> CodeObject:
     return CodeObject.parse(blob)
 
 
+#: The tensors whose addresses were asked for, by address, as long as they live.
+_ASKED: Final[WeakValueDictionary[int, Tensor]] = WeakValueDictionary()
+
+
+@contextmanager
+def addresses_heard() -> Iterator[None]:
+    """Keeps in mind of which tensor each address is: the driver would be given the numbers alone."""
+    ask = Tensor.data_ptr
+
+    def heard(tensor: Tensor) -> int:
+        address = ask(tensor)
+        if address and tensor.device.type == "cpu":
+            _ASKED[address] = tensor
+        return address
+
+    Tensor.data_ptr = heard  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Tensor.data_ptr = ask  # type: ignore[method-assign]
+
+
 def pointers(addresses: Mapping[int, int], names: Sequence[str]) -> dict[int, Pointer | None]:
-    """The tensors that addresses lie in, from there on, by argument; the driver would be given the numbers alone."""
+    """The tensors that addresses lie in, from there on, by argument."""
     found: dict[int, Pointer | None] = {i: None for i, address in addresses.items() if not address}
-    for held in gc.get_objects():
-        if type(held) is Tensor and held.device.type == "cpu":
-            storage = held.untyped_storage()
-            begin, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-            for i, address in addresses.items():
-                if begin <= address < end and i not in found:
-                    raw = torch.empty(0, dtype=torch.uint8).set_(storage, address - begin, (end - address,))  # type: ignore[call-overload]
-                    found[i] = Pointer(raw, names[i], writable=True)
+    for i, address in addresses.items():
+        tensor = _ASKED.get(address)
+        if tensor is not None and i not in found:
+            found[i] = _from(tensor, address, names[i])
+    if len(found) < len(addresses):
+        # a tensor that was a moment's view, or was asked before this module listened
+        for held in gc.get_objects():
+            if type(held) is Tensor and held.device.type == "cpu":
+                storage = held.untyped_storage()
+                begin, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+                for i, address in addresses.items():
+                    if begin <= address < end and i not in found:
+                        found[i] = _from(held, address, names[i])
     for i in addresses.keys() - found.keys():
         raise AssertionError(f"{names[i]}: no tensor lies at {addresses[i]:#x}")
     return found
+
+
+def _from(tensor: Tensor, address: int, name: str) -> Pointer:
+    """All of the storage of ``tensor`` from ``address`` on."""
+    storage = tensor.untyped_storage()
+    first = address - storage.data_ptr()
+    raw = torch.empty(0, dtype=torch.uint8)
+    return Pointer(raw.set_(storage, first, (storage.nbytes() - first,)), name, writable=True)  # type: ignore[call-overload]
 
 
 @cache
 def _launchers() -> Emulated:
     """One for all backends: what one has compiled the others find."""
     return Emulated()
+
+
+def forget_compiled() -> None:
+    """The next backend compiles anew."""
+    _launchers.cache_clear()
 
 
 def on_gfx942() -> dict[str, Any]:

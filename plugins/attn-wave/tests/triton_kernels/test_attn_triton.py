@@ -14,7 +14,7 @@ from attn_core.testing.run import Target, run_case
 from attn_wave.emulator.code_object import disassembler
 from attn_wave.emulator.device import Gfx942
 
-from .emulated import TritonOnGfx942, _Launcher
+from .emulated import TritonOnGfx942, _Launcher, forget_compiled
 
 #: one of each kernel and of what it can do: plain, paged decode that is split, a tree, a mixed batch, MLA
 CASES = [
@@ -60,4 +60,6 @@ def test_a_planted_fault_is_caught(target: Target, monkeypatch: pytest.MonkeyPat
         return scaled
 
     monkeypatch.setattr(_Launcher, "build", wrong)
+    forget_compiled()
     assert run_case(Case.parse(CASES[0]), target).status == "failed"
+    forget_compiled()

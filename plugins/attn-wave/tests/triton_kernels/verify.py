@@ -16,7 +16,7 @@ from attn_core.testing.run import Result
 from attn_triton.backend import TritonBackend
 from attn_wave.emulator.device import Gfx942
 
-from .emulated import on_gfx942
+from .emulated import addresses_heard, on_gfx942
 
 
 def versions(chip: Gfx942) -> Mapping[str, str]:
@@ -34,7 +34,8 @@ def triton_on_the_emulator() -> Iterator[None]:
 
     try:
         TritonBackend.__init__, Gfx942.versions = emulated, versions  # type: ignore[method-assign, assignment]
-        yield
+        with addresses_heard():
+            yield
     finally:
         TritonBackend.__init__, Gfx942.versions = build, said  # type: ignore[method-assign]
 
