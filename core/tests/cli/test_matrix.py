@@ -118,6 +118,18 @@ def test_no_rendering_has_a_bare_tick() -> None:
         assert "claimed" in text
 
 
+def test_every_table_says_what_never_ran_on_silicon() -> None:
+    """Beside whatever an emulator has proved."""
+    emulated = matrix([REF], [run("isa-emulated", device="gfx942", sliding_window="proved")])
+    assert to_markdown(emulated).count("| Has run | **silicon: never run**; isa-emulated [1] |") == 2
+    assert to_html(emulated).count("<td>silicon: never run<br>isa-emulated: gfx942</td>") == 2
+    assert to_json(emulated)["backends"][0]["ran"] == {"silicon": [], "isa-emulated": ["gfx942"]}
+    both = matrix([REF], [run(sliding_window="proved"), run("isa-emulated", device="gfx942", sliding_window="proved")])
+    assert "never run" not in to_markdown(both) + to_html(both)
+    assert to_markdown(both).count("| Has run | silicon [1]; isa-emulated [2] |") == 2
+    assert to_markdown(matrix([REF], [])).count("| Has run | **silicon: never run** |") == 2
+
+
 def test_the_strongest_level_is_what_a_listing_shows() -> None:
     assert best_level([], "mine") == "declared"
     assert best_level([run("schema", a="proved"), run("compiled", a="proved")], "mine") == "compiled"

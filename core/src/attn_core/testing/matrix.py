@@ -42,13 +42,20 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One backend of the matrix: ``flags`` by headline flag, ``features`` by feature."""
+    """One backend of the matrix: ``flags`` by headline flag, ``features`` by feature, ``runs`` of whatever level."""
 
     backend: str
     dist: str
     version: str
     flags: Mapping[str, Cell]
     features: Mapping[str, Cell]
+    runs: tuple[Evidence, ...] = ()
+
+    @property
+    def ran(self) -> dict[str, tuple[Evidence, ...]]:
+        """The runs of each level that has any, the strongest first; silicon is there without any, too."""
+        found = {level: tuple(run for run in self.runs if run.level == level) for level in LEVELS}
+        return {level: runs for level, runs in found.items() if runs or level == LEVELS[0]}
 
 
 def matrix(refs: Iterable[BackendRef], runs: Iterable[Evidence]) -> list[Row]:
@@ -70,6 +77,7 @@ def _row(ref: BackendRef, runs: list[Evidence]) -> Row:
         version=ref.version,
         flags={flag: _cell(has, _HEADLINE_FEATURES[flag], runs) for flag, has in headline(ref.manifest).items()},
         features={name: _cell(name in ref.manifest.features, (name,), runs) for name in FEATURES},
+        runs=tuple(runs),
     )
 
 
@@ -96,6 +104,7 @@ def to_json(rows: Iterable[Row]) -> dict[str, Any]:
                 "name": row.backend,
                 "distribution": row.dist,
                 "version": row.version,
+                "ran": {level: [run.device for run in runs] for level, runs in row.ran.items()},
                 "headline": {name: cell.to_json() for name, cell in row.flags.items()},
                 "features": {name: cell.to_json() for name, cell in row.features.items()},
             }
@@ -125,6 +134,13 @@ class _Notes:
             return cell.state
         return f"{cell.state}, {cell.runs[0].level} {' '.join(self._mark(run, version) for run in cell.runs)}"
 
+    def ran(self, row: Row) -> str:
+        """Every level that the backend has run at, with its runs; and that it never ran on silicon, if it did not."""
+        return "; ".join(
+            f"{level} {' '.join(self._mark(run, row.version) for run in runs)}" if runs else f"**{level}: never run**"
+            for level, runs in row.ran.items()
+        )
+
     def _mark(self, run: Evidence, version: str) -> str:
         number = self._numbers.setdefault((run.level, run.device, run.date), len(self._numbers) + 1)
         return f"[{number}]" if run.version == version else f"[{number}] of {run.version}"
@@ -144,6 +160,7 @@ class _Notes:
 def _markdown_table(rows: list[Row], columns: Mapping[str, tuple[str, str]], notes: _Notes) -> str:
     """Backends across, what is claimed down: there are few backends and many features."""
     lines = ["| | " + " | ".join(f"`{row.backend}`" for row in rows) + " |", "|---|" + "---|" * len(rows)]
+    lines.append("| Has run | " + " | ".join(notes.ran(row) for row in rows) + " |")
     for key, (text, field) in columns.items():
         lines.append(
             f"| {text} | " + " | ".join(notes.mark(getattr(row, field)[key], row.version) for row in rows) + " |"
@@ -163,7 +180,8 @@ def to_html(rows: Iterable[Row]) -> str:
             f"<th>{html.escape(row.backend)}<br><small>{html.escape(row.dist)} {html.escape(row.version)}</small></th>"
             for row in rows
         )
-        lines = [
+        lines = [f"<tr><th>Has run</th>{''.join(_html_runs(row) for row in rows)}</tr>"]
+        lines += [
             f"<tr><th>{html.escape(text)}</th>"
             + "".join(_html_cell(getattr(row, field)[key]) for row in rows)
             + "</tr>"
@@ -171,6 +189,15 @@ def to_html(rows: Iterable[Row]) -> str:
         ]
         body.append(f"<h2>{title}</h2>\n<table>\n<tr><th></th>{head}</tr>\n" + "\n".join(lines) + "\n</table>")
     return _PAGE.format(body="\n".join(body))
+
+
+def _html_runs(row: Row) -> str:
+    import html
+
+    texts = [
+        f"{level}: {', '.join(run.device for run in runs) if runs else 'never run'}" for level, runs in row.ran.items()
+    ]
+    return f"<td>{'<br>'.join(map(html.escape, texts))}</td>"
 
 
 def _html_cell(cell: Cell) -> str:
