@@ -1,30 +1,36 @@
-"""What the transformers adapter adds to a decode step: the same model over its own attention and cache, and over ours.
+"""What the transformers adapter adds to a decode step: transformers' own attention, and its kernels behind a plan.
 
     python benchmarks/engines_transformers.py [--rounds N] [--write]
 
-Each step decodes one token of one request of 200 tokens on one thread, in CPU time: the mean of 32 steps after 16 that
-are not counted (making a cache leaves the processor's own caches cold for either way), the best of interleaved rounds.
-Pages hold 16 tokens, so that two of the steps counted take a new one.
-`sdpa` is transformers' own function over its DynamicCache, `attn` ours over a PagedCache. `adapter` is the same two
-steps with the attention taken out of both (a backend, and a function, that give an output which is there already),
-ours less theirs, as a share of transformers' step: what masks, caches, batches and calls cost more. What is left of
-the difference between the steps is the backend's, here torch_native's.
+`sdpa` is transformers' own function over its DynamicCache. `same kernels` is a backend of ours that calls the two kernels
+which those call, torch.cat and scaled_dot_product_attention, on tensors of the same shapes: what is left between the two
+is the adapter, with its masks, pages, batches and the plan. `torch_native` is for comparison: there the kernels differ.
+
+One request decodes from 209 to 465 tokens on one thread. The ways take turns, in an order that is drawn, of 16 steps
+each, in which one page of 16 is filled; time is the CPU's for this thread, so that other processes count for little.
+`added` is the median over the turns of the difference within a turn.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import random
+import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attn_core
 import torch
 import transformers as hf
+from attn_core import AttentionBackend, AttentionLayer, ForwardBatch
 from attn_core.bench.results import Results, Row, device_slug
 from attn_core.engines.transformers import PagedCache, register
+from attn_core.planning.manifest import Manifest
 from attn_core.testing.devices import device_name
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 BASE = {"vocab_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
 MODELS: dict[str, dict[str, Any]] = {
@@ -36,91 +42,143 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }  # fmt: skip
-#: what `compare` gives, as rows of results
-WAYS = ("transformers:sdpa", "attn", "transformers, attention taken out", "attn, attention taken out")
+#: the ways, and their attn_implementation
+WAYS = {"sdpa": "sdpa", "same kernels": "attn-same_kernels", "torch_native": "attn-torch_native"}
 #: how many times the rounds of the largest: differences of microseconds need more
-MORE = {"2 layers of 64": 50, "12 layers of 256": 3, "SmolLM2-135M's": 1}
-PROMPT, WARM_UP, STEPS = 200, 16, 32
+MORE = {"2 layers of 64": 30, "12 layers of 256": 4, "SmolLM2-135M's": 1}
+PROMPT, WARM_UP, STEPS, TURNS = 200, 9, 16, 16
+MANIFEST = """
+schema = 1
+name = "same_kernels"
+protocol = ">=1.0,<2"
+summary = "torch.cat and scaled_dot_product_attention, as transformers calls them"
+[[supports]]
+phases = ["prefill", "decode"]
+device = "cpu"
+kind = "mha"
+dtypes = ["float32"]
+head_dims = "any"
+page_sizes = "any"
+kv_layouts = ["NHD"]
+"""
 
 
-def step(model: Any, implementation: str, cache: Any) -> float:
-    """CPU seconds of a step: the mean of STEPS after a prompt and WARM_UP others."""
-    model.set_attn_implementation(implementation)
-    token = torch.tensor([[7]])
-    model(torch.randint(5, 250, (1, PROMPT)), past_key_values=cache)
-    for _ in range(WARM_UP):
-        model(token, past_key_values=cache)
-    start = time.thread_time()
-    for _ in range(STEPS):
-        model(token, past_key_values=cache)
-    return (time.thread_time() - start) / STEPS
+class SameKernels(AttentionBackend):
+    """Of one request: the kernels of transformers' `sdpa` and DynamicCache, over keys that are joined as those are."""
+
+    name = "same_kernels"
+
+    def __init__(self, config: Any, kv_cache: Any) -> None:
+        super().__init__(config, kv_cache)
+        kind = config.layers[0]
+        self._heads, self._group, self._width = (
+            kind.num_kv_heads,
+            kind.num_q_heads // kind.num_kv_heads,
+            kind.v_head_dim,
+        )
+        self._keys: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
+
+    def init_forward_metadata(self, batch: ForwardBatch) -> None:
+        """Nothing is to be prepared."""
+
+    def forward_extend(
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, layer: AttentionLayer, batch: ForwardBatch, **options: Any
+    ) -> Tensor:
+        """The prompt, in one pass."""
+        assert k is not None
+        assert v is not None
+        keys, values = (x.transpose(0, 1)[None].contiguous() for x in (k, v))
+        self._keys[layer.layer_id], self._values[layer.layer_id] = keys, values
+        queries = q.transpose(0, 1)[None]
+        out = scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=layer.scale, enable_gqa=True)
+        return out[0].transpose(0, 1)
+
+    def forward_decode(
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, layer: AttentionLayer, batch: ForwardBatch, **options: Any
+    ) -> Tensor:
+        assert k is not None
+        assert v is not None
+        i, heads, width = layer.layer_id, self._heads, self._width
+        keys = self._keys[i] = torch.cat([self._keys[i], k.view(1, heads, 1, width)], dim=-2)
+        values = self._values[i] = torch.cat([self._values[i], v.view(1, heads, 1, width)], dim=-2)
+        queries = q.view(1, heads, self._group, width)  # of one KV head each, as transformers packs them
+        return scaled_dot_product_attention(queries, keys, values, scale=layer.scale).view(1, -1, width)
 
 
-def without_attention(model: Any) -> Any:
-    """A PagedCache whose backend has nothing to do."""
-    model.set_attn_implementation("attn")
-    cache = PagedCache(model, max_batch_size=1, max_seq_len=PROMPT + WARM_UP + STEPS)
-    outputs = {n: torch.zeros(n, *heads(model)) for n in (1, PROMPT)}
-    cache.backend.init_forward_metadata = lambda batch: None  # type: ignore[method-assign]
-    for name in ("forward_decode", "forward_extend"):
-        setattr(cache.backend, name, lambda q, *args, **options: outputs[q.shape[0]])
-    return cache
-
-
-def nothing(module: Any, query: torch.Tensor, *args: Any, **options: Any) -> tuple[torch.Tensor, None]:
-    """transformers' attention function with nothing to do."""
-    if query.shape[2] not in _nothing:
-        _nothing[query.shape[2]] = torch.zeros(1, query.shape[2], *heads(module))
-    return _nothing[query.shape[2]], None
-
-
-def heads(model: Any) -> tuple[int, int]:
-    return model.config.num_attention_heads, model.config.hidden_size // model.config.num_attention_heads
-
-
-_nothing: dict[int, torch.Tensor] = {}
+def twins(config: dict[str, Any]) -> dict[str, Any]:
+    """The same weights under each way's implementation."""
+    torch.manual_seed(0)
+    models: dict[str, Any] = {}
+    for way, implementation in WAYS.items():
+        model: Any = hf.LlamaForCausalLM(hf.LlamaConfig(**config)).eval()
+        if models:
+            model.load_state_dict(models["sdpa"].state_dict(), assign=True)
+        model.set_attn_implementation(implementation)
+        models[way] = model
+    return models
 
 
 @torch.inference_mode()
-def compare(config: dict[str, Any], rounds: int) -> list[float]:
-    """Seconds of a step: theirs, ours, and both without attention; the best of each."""
-    model = hf.LlamaForCausalLM(hf.LlamaConfig(**config)).eval()
-    _nothing.clear()
-    ways: list[tuple[str, Callable[[], Any]]] = [
-        ("sdpa", lambda: hf.DynamicCache(config=model.config)),
-        ("attn", lambda: PagedCache(model, max_batch_size=1, max_seq_len=PROMPT + WARM_UP + STEPS)),
-        ("nothing", lambda: hf.DynamicCache(config=model.config)),
-        ("attn", lambda: without_attention(model)),
-    ]
-    best = [float("inf")] * len(ways)
+def compare(config: dict[str, Any], rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of a step of each way, turn by turn. Raises SystemExit if their logits differ."""
+    models = twins(config)
+    found: dict[str, list[float]] = {way: [] for way in WAYS}
+    prompt, token = torch.randint(5, 250, (1, PROMPT)), torch.tensor([[7]])
+    room = {"max_batch_size": 1, "max_seq_len": PROMPT + WARM_UP + STEPS * TURNS}
     for _ in range(rounds):
-        for i, (implementation, make) in enumerate(ways):
-            model.set_attn_implementation(implementation)
-            best[i] = min(best[i], step(model, implementation, make()))
-    return best
+        caches: dict[str, Any] = {
+            way: hf.DynamicCache(config=model.config) if way == "sdpa" else PagedCache(model, **room)
+            for way, model in models.items()
+        }
+        logits: dict[str, Tensor] = {}
+        for way, model in models.items():
+            model(prompt, past_key_values=caches[way])
+            for _ in range(WARM_UP):
+                model(token, past_key_values=caches[way])
+        for _ in range(TURNS):
+            for way in random.sample(list(WAYS), len(WAYS)):
+                model, cache = models[way], caches[way]
+                start = time.thread_time()
+                for _ in range(STEPS):
+                    logits[way] = model(token, past_key_values=cache).logits
+                found[way].append((time.thread_time() - start) / STEPS)
+        off = max(float((logits[way] - logits["sdpa"]).abs().max()) for way in WAYS)
+        if off > 1e-4:
+            raise SystemExit(f"logits differ by {off}")
+        gc.collect()
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2, help="of the largest model; small ones have MORE")
+    parser.add_argument("--rounds", type=int, default=1, help="of the largest model; small ones have MORE")
+    parser.add_argument("--models", nargs="*", default=list(MODELS), help="which of the models")
     parser.add_argument("--write", action="store_true", help="benchmarks/results/DEVICE/engines_transformers.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    random.seed(0)
+    gc.disable()  # between rounds only
+    attn_core.register(SameKernels, Manifest.parse(MANIFEST))
     register()
-    hf.AttentionInterface.register("nothing", nothing)
-    hf.AttentionMaskInterface.register("nothing", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    print(f"{'model':18} {'sdpa':>8} {'attn':>8} {'adapter':>8} {'share':>7}   (milliseconds of CPU for a step)")
+    print(
+        f"{'model':18} {'sdpa':>8} {'same':>8} {'native':>8} {'added':>8} {'share':>7}   (milliseconds of CPU a step)"
+    )
     rows: list[Row] = []
-    for name, config in MODELS.items():
-        theirs, ours, their_rest, our_rest = best = compare(config, options.rounds * MORE[name])
-        rows += [Row("decode step", name, way, round(1e3 * s, 4)) for way, s in zip(WAYS, best, strict=True)]
-        cells = " ".join(f"{seconds * 1e3:8.3f}" for seconds in (theirs, ours, our_rest - their_rest))
-        print(f"{name:18} {cells} {(our_rest - their_rest) / theirs:7.1%}")
+    for name in options.models:
+        found = compare(MODELS[name], options.rounds * MORE[name])
+        median = {way: statistics.median(times) for way, times in found.items()}
+        added = statistics.median(b - a for a, b in zip(found["sdpa"], found["same kernels"], strict=True))
+        share = f"{added / median['sdpa']:.1%} of sdpa's step, the median of {len(found['sdpa'])} turns"
+        rows += [Row("decode step", name, way, round(1e3 * s, 4)) for way, s in median.items()]
+        rows.append(Row("decode step", name, "added by the adapter", round(1e3 * added, 4), note=share))
+        cells = " ".join(f"{1e3 * seconds:8.3f}" for seconds in (*median.values(), added))
+        print(f"{name:18} {cells} {added / median['sdpa']:7.1%}", flush=True)
     if options.write:
         versions = {"torch": torch.__version__, "transformers": hf.__version__, "threads": "1"}
-        found = Results(device_name("cpu"), versions, tuple(rows))
-        path = Path(__file__).parent / "results" / device_slug(found.device) / "engines_transformers.json"
-        print(f"written to {found.write(path).relative_to(Path(__file__).parent.parent)}")
+        results = Results(device_name("cpu"), versions, tuple(rows))
+        path = Path(__file__).parent / "results" / device_slug(results.device) / "engines_transformers.json"
+        print(f"written to {results.write(path).relative_to(Path(__file__).parent.parent)}")
 
 
 if __name__ == "__main__":

@@ -60,6 +60,8 @@ def attention_function(backend: str) -> AttentionFunction:
         refuse_unknown(module, None if mask is not None or crosses else attention_mask, dropout, others)
         if mask is not None:
             mask.check_window(sliding_window)
+        elif sliding_window is not None and update is not None and not crosses:
+            _refuse_unmasked_window(update, query.shape[2], sliding_window)
         if update is None:
             causal = _is_causal(module, is_causal, mask)
             return given_keys.attend(query, key, value, mask, maths, causal=causal), None
@@ -120,6 +122,16 @@ def _over_encoder(query: Tensor, update: Update, mask: Tensor | None, maths: Mat
     out = step.backend.forward(packing.pack(query), k, v, layer, update.cache.cross_batch(mask))
     assert isinstance(out, Tensor)
     return packing.unpack(out)
+
+
+def _refuse_unmasked_window(update: Update, length: int, window: int) -> None:
+    """Of a layer whose window leaves out keys that its mask, which is none, does not."""
+    keys = update.cache.columns + (length if update.cache.begins(update.layer_idx) else 0)
+    if keys > window:
+        raise ConfigError(
+            f"the mask has no window, the layer one of {window}, over {keys} keys",
+            hint="the model's masks and its attention calls disagree; it cannot be served",
+        )
 
 
 def _refuse_gradients(module: nn.Module, query: Tensor) -> None:

@@ -154,6 +154,10 @@ class PagedCache(Cache):
                 for old, new in zip(_tensors(before, layer_id), _tensors(self.kv_cache, layer_id), strict=True):
                     new[target] = old[source]
 
+    def begins(self, layer_idx: int) -> bool:
+        """Whether this layer's attention call begins a step, whose columns are not counted yet."""
+        return layer_idx == self._first
+
     @property
     def columns(self) -> int:
         """Columns so far, padding among them."""
@@ -189,9 +193,7 @@ class PagedCache(Cache):
             self._encoder.accept(keys)
         return (keys[:, :, :1], values[:, :, :1]) if self.latent else (keys, values)
 
-    def plain_decode(
-        self, layer_idx: int, query: Tensor, attention_mask: Any, window: int | None
-    ) -> PagedStep | None:
+    def plain_decode(self, layer_idx: int, query: Tensor, attention_mask: Any, window: int | None) -> PagedStep | None:
         """The step under way, or the one that this layer begins, if it is plain; None where more is to be looked at.
 
         Plain: one token a request, none of them padded, and a mask that says no more than causality and the layer's own
@@ -200,9 +202,10 @@ class PagedCache(Cache):
         if layer_idx != self._first:
             plain = self._plain
             return plain[0] if plain is not None and plain[1] is attention_mask and plain[2] == window else None
-        mask = mask_of(attention_mask)
-        if mask is None or mask.window != window or mask.valid is not None or mask.dense is not None:
-            return None
+        if attention_mask is not None or window is not None:
+            mask = mask_of(attention_mask)
+            if mask is None or mask.window != window or mask.valid is not None or mask.dense is not None:
+                return None
         batch_size, _, length, _ = query.shape
         batch = self._requests.next_decode(batch_size, query.device) if length == 1 else None
         if batch is None:

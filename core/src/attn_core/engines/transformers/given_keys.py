@@ -19,7 +19,6 @@ from attn_core.runtime.build import build, settle
 from attn_core.runtime.kv_cache import KVCache
 from attn_core.runtime.layer import AttentionLayer
 
-
 #: scale, window (None or W), soft cap (0 = off) and sinks ([Hq] or None) of an attention call
 Maths = tuple[float, int | None, float, Tensor | None]
 
@@ -68,9 +67,7 @@ class GivenKeys:
         packed = queries.pack(query), keys.pack(key), keys.pack(value)
         return queries.unpack(self.attend_packed(*packed, lengths, maths, causal=causal))
 
-    def attend_packed(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, maths: Maths, *, causal: bool
-    ) -> Tensor:
+    def attend_packed(self, q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, maths: Maths, *, causal: bool) -> Tensor:
         """q [T, Hq, D], k [S, Hkv, D], v [S, Hkv, Dv] -> [T, Hq, Dv]."""
         scale, sliding_window, softcap, sinks = maths
         kind = LayerKind(

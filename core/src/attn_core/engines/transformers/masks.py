@@ -104,21 +104,18 @@ def step_mask(
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
     **_options: Any,
-) -> Tensor:
+) -> Tensor | None:
     """What transformers calls for a mask of our implementations; ``attention_mask`` [B, columns] is True for tokens.
 
     Gives a [B, 1, Q, kv_length] tensor of one element that carries the StepMask (``mask_of``), so that it goes wherever
-    masks go. What loses the attribute on its way is refused as a mask that nobody explains.
+    masks go. What loses the attribute on its way is refused as a mask that nobody explains. None for one token a
+    request that sees all before it, none of them padding.
     """
-    mask = StepMask(
-        batch_size,
-        q_length,
-        kv_length,
-        int(q_offset),
-        int(kv_offset),
-        None if attention_mask is None else _valid(attention_mask, kv_length, kv_offset),
-    )
+    valid = None if attention_mask is None else _valid(attention_mask, kv_length, kv_offset)
     rule = _rule(mask_function)
+    if q_length == 1 and rule == "causal" and valid is None and q_offset + 1 == kv_offset + kv_length:
+        return None
+    mask = StepMask(batch_size, q_length, kv_length, int(q_offset), int(kv_offset), valid)
     if rule == "bidirectional":
         mask.causal = False
     elif isinstance(rule, int):
