@@ -2,9 +2,10 @@
 
     python benchmarks/engines_transformers.py [--rounds N] [--write]
 
-`sdpa` is transformers' own function over its DynamicCache. `same kernels` is a backend of ours that calls the two kernels
-which those call, torch.cat and scaled_dot_product_attention, on tensors of the same shapes: what is left between the two
-is the adapter, with its masks, pages, batches and the plan. `torch_native` is for comparison: there the kernels differ.
+`sdpa` is transformers' own function over its DynamicCache. `same kernels` is a backend of ours that calls the two
+kernels which those call, torch.cat and scaled_dot_product_attention, on tensors of the same shapes: what is left
+between the two is the adapter, with its masks, pages, batches and the plan. `torch_native` is for comparison: there the
+kernels differ.
 
 One request decodes from 209 to 465 tokens on one thread. The ways take turns, in an order that is drawn, of 16 steps
 each, in which one page of 16 is filled; time is the CPU's for this thread, so that other processes count for little.
@@ -111,7 +112,8 @@ def twins(config: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     models: dict[str, Any] = {}
     for way, implementation in WAYS.items():
-        model: Any = hf.LlamaForCausalLM(hf.LlamaConfig(**config)).eval()
+        model: Any = hf.LlamaForCausalLM(hf.LlamaConfig(**config))
+        model.eval()
         if models:
             model.load_state_dict(models["sdpa"].state_dict(), assign=True)
         model.set_attn_implementation(implementation)
@@ -125,7 +127,7 @@ def compare(config: dict[str, Any], rounds: int) -> dict[str, list[float]]:
     models = twins(config)
     found: dict[str, list[float]] = {way: [] for way in WAYS}
     prompt, token = torch.randint(5, 250, (1, PROMPT)), torch.tensor([[7]])
-    room = {"max_batch_size": 1, "max_seq_len": PROMPT + WARM_UP + STEPS * TURNS}
+    room: dict[str, Any] = {"max_batch_size": 1, "max_seq_len": PROMPT + WARM_UP + STEPS * TURNS}
     for _ in range(rounds):
         caches: dict[str, Any] = {
             way: hf.DynamicCache(config=model.config) if way == "sdpa" else PagedCache(model, **room)
