@@ -31,7 +31,6 @@ from attn_core.planning.plan import plan
 from attn_core.planning.system import detect
 from attn_triton import parameters
 from attn_triton.backend import TritonBackend
-from attn_triton.parameters import DecodeTile
 
 DEVICE: Final = torch.device("cuda")
 
@@ -44,9 +43,9 @@ def extend(block_m: int, block_n: int, warps: int, stages: int, by_head: bool = 
     return {"extend": {"block_m": block_m, "block_n": block_n, "warps": warps, "stages": stages, "by_head": by_head}}
 
 
-def fp8(warps: int, keys: int, per_sm: int, ahead: int = 1) -> dict[str, Any]:
-    """``keys`` of a warp in a tile of the Gluon kernel, of which ``ahead`` are under way."""
-    return {"fp8_tile": DecodeTile(16, warps * keys, warps, ahead, per_sm)}
+def fp8(warps: int, keys: int, per_sm: int) -> dict[str, Any]:
+    """``keys`` of each warp in a tile of the Gluon kernel over an fp8 cache."""
+    return {"decode": {"gluon": True, "block_n": warps * keys, "warps": warps, "per_sm": per_sm}}
 
 
 #: What a variant forces in place of the committed table: nothing, launch parameters, or how keys are cut. "device" also
@@ -73,17 +72,22 @@ VARIANTS: Final[dict[str, Mapping[str, Any]]] = {
     "g1x32x8": fp8(1, 32, 8),
     "g2x32x4": fp8(2, 32, 4),
     "g4x32x2": fp8(4, 32, 2),
-    "g1x16x8a2": fp8(1, 16, 8, 2),
-    "g2x16x4a2": fp8(2, 16, 4, 2),
-    "g4x16x2a2": fp8(4, 16, 2, 2),
+    "g4x32x1": fp8(4, 32, 1),
+    "g4x16x1": fp8(4, 16, 1),
+    "g8x32x1": fp8(8, 32, 1),
+    "g8x16x1": fp8(8, 16, 1),
 }
+#: Decode shapes that are timed with an fp8 cache too.
+FP8_SHAPES: Final = (
+    "bs1 kv8192", "bs16 kv4096", "bs64 kv4096", "bs128 kv2048", "bs8 kv65536", "bs64 kv128-32768 log-uniform",
+)  # fmt: skip
 #: Which variants a kind of shape is tried with, when all are asked for.
 FITTING: Final[Mapping[str, tuple[str, ...]]] = {
     "decode": ("table", "device", "stream", "d128w8s3", "d128w4s3", "d64w4s4", "d64w4s3"),
     "mixed": ("table", "d64w4s2x3", "d64w4s3x3", "d128w4s2x2", "d64w4s4x2"),
     "mla": ("table", "device", "plain"),
     "extend": ("table", "stay", "stay near", "plain"),
-    "fp8": ("table", "f128w4s3x2", "g1x32x8", "g2x32x4", "g4x32x2", "g1x16x8a2", "g2x16x4a2", "g4x16x2a2"),
+    "fp8": ("table", "f128w4s3x2", "g1x32x8", "g2x32x4", "g4x32x2", "g4x32x1", "g4x16x1", "g8x32x1", "g8x16x1"),
 }
 
 
@@ -149,10 +153,10 @@ def speed(given: argparse.Namespace, deadline: float) -> None:
 
 
 def shapes(benches: list[str]) -> list[tuple[Shape, str]]:
-    """The named shapes with a cache of the queries' dtype, and the large decode shapes with an fp8 cache."""
+    """The named shapes with a cache of the queries' dtype, and decode shapes with an fp8 cache."""
     found = [(shape, "auto") for shape in SHAPES.values() if shape.bench in benches]
     if "fp8" in benches:
-        found += [(SHAPES[f"decode {name}"], "fp8_e4m3") for name in ("bs64 kv4096", "bs128 kv2048", "bs8 kv65536")]
+        found += [(SHAPES[f"decode {name}"], "fp8_e4m3") for name in FP8_SHAPES]
     return found
 
 

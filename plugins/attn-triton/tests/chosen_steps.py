@@ -5,6 +5,7 @@ the sanitizers.
 
 from __future__ import annotations
 
+import unittest.mock
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -18,6 +19,7 @@ from attn_core.testing.checks import Output, output_faults
 from attn_core.testing.reference import problems
 from attn_core.testing.tolerances import Precision, expect
 from attn_triton.backend import TritonBackend
+from attn_triton.parameters import FORCED
 from random_cases import fill
 
 Backend = Callable[[AttentionConfig, KVCache], TritonBackend]
@@ -27,7 +29,7 @@ Backend = Callable[[AttentionConfig, KVCache], TritonBackend]
 class ChosenStep:
     """``launches``: the kernels after the write, without ``_kernel``. ``new`` tokens and ``cached`` ones of each
     request, and what the layer is. ``blind``: the host knows no lengths. ``replayed``: from the buffers of graphs.
-    ``odd``: queries at strides that are no multiples of 16 bytes.
+    ``odd``: queries at strides that are no multiples of 16 bytes. ``forced``: launch parameters in place of the table's.
     """
 
     launches: str
@@ -46,10 +48,17 @@ class ChosenStep:
     replayed: bool = False
     invariant: bool = False
     odd: bool = False
+    forced: dict[str, Any] = field(default_factory=dict)
 
 
 _DECODE, _EXTEND, _VERIFY = ForwardMode.DECODE, ForwardMode.EXTEND, ForwardMode.TARGET_VERIFY
 _MLA: Final[dict[str, Any]] = {"heads": (16, 1), "widths": (576, 512), "page": 64, "layout": "MLA"}
+
+
+def _fp8(warps: int, keys: int) -> dict[str, Any]:
+    """``keys`` of each warp in a tile of the Gluon kernel over an fp8 cache."""
+    return {"decode": {"gluon": True, "block_n": warps * keys, "warps": warps, "per_sm": max(1, 8 // warps)}}
+
 
 STEPS: Final[dict[str, ChosenStep]] = {
     "decode in pieces": ChosenStep("decode merge", (1,), (300,), _DECODE),
@@ -70,9 +79,18 @@ STEPS: Final[dict[str, ChosenStep]] = {
         layout="HND",
         kind={"sliding_window": 50, "softcap": 20.0, "sinks": True},
     ),
-    "decode over fp8": ChosenStep("schedule gluon_decode merge", (1, 1), (150, 40), _DECODE, kv_dtype="fp8_e4m3"),
+    "decode over fp8": ChosenStep(
+        "schedule gluon_decode merge", (1, 1), (150, 40), _DECODE, kv_dtype="fp8_e4m3", forced=_fp8(1, 32)
+    ),
     "decode over fp8 in pieces": ChosenStep(
-        "gluon_decode merge", (1,), (700,), _DECODE, heads=(8, 2), dtype="float16", kv_dtype="fp8_e5m2"
+        "gluon_decode merge",
+        (1,),
+        (700,),
+        _DECODE,
+        heads=(8, 2),
+        dtype="float16",
+        kv_dtype="fp8_e5m2",
+        forced=_fp8(4, 32),
     ),
     "decode over fp8 with a window, a cap and sinks": ChosenStep(
         "gluon_decode",
@@ -84,6 +102,7 @@ STEPS: Final[dict[str, ChosenStep]] = {
         kv_dtype="fp8_e4m3",
         layout="HND",
         kind={"sliding_window": 50, "softcap": 20.0, "sinks": True},
+        forced=_fp8(8, 16),
     ),
     "decode over fp8 in small pages, without the lengths": ChosenStep(
         "schedule gluon_decode merge",
@@ -96,6 +115,7 @@ STEPS: Final[dict[str, ChosenStep]] = {
         page=8,
         kind={"sinks": True},
         blind=True,
+        forced=_fp8(2, 32),
     ),
     "decode over fp8 in pages of no power of two, from the buffers of graphs": ChosenStep(
         "refresh refresh schedule schedule gluon_decode merge",
@@ -107,6 +127,7 @@ STEPS: Final[dict[str, ChosenStep]] = {
         page=48,
         kind={"sliding_window": 130},
         replayed=True,
+        forced=_fp8(1, 16),
     ),
     "decode over fp8, heads of another width": ChosenStep(
         "schedule decode merge", (1, 1), (150, 40), _DECODE, widths=(96, 96), kv_dtype="fp8_e4m3"
@@ -149,6 +170,13 @@ def play(
     step: ChosenStep, device: str, backend: Backend = TritonBackend
 ) -> tuple[AttentionLayer, ForwardBatch, KVCache, torch.Tensor, Output]:
     """A step, its queries and what the backend says to them."""
+    with unittest.mock.patch.dict(FORCED, step.forced):
+        return _played(step, device, backend)
+
+
+def _played(
+    step: ChosenStep, device: str, backend: Backend
+) -> tuple[AttentionLayer, ForwardBatch, KVCache, torch.Tensor, Output]:
     config, layer, batch, cache, inputs = _made(step, device)
     made = backend(config, cache)
     if step.replayed:

@@ -72,7 +72,7 @@ class DecodeKernels:
         merge = self.partitions.bind_merge(step, layer.kind, partition, out, lse)
         if hopper_mla.takes(self._chip, layer.kind, step):
             return BoundDecode(hopper_mla.bind(self._launchers, step, layer, partition, q, out, lse), merge)
-        if hopper_decode.takes(self._chip, layer.kind, step):
+        if partition.cut.tile.gluon:
             attend, grid = hopper_decode.bind(self._launchers, layer, partition, q, out, lse)
             return BoundDecode(BoundAttend(attend, grid, hopper_decode.STRIDES, hopper_decode.SCALES), merge)
         return BoundDecode(self._plain(step, layer, partition, q, out, lse), merge)

@@ -11,15 +11,13 @@ from attn_triton.chip import Chip
 from attn_triton.hopper_mla import gluon_known
 from attn_triton.kinds import BoundLayer, Kind
 from attn_triton.launch import Bound, Launchers
-from attn_triton.parameters import FORCED, DecodeTile
+from attn_triton.parameters import FORCED
 from attn_triton.step import Step
 
 if TYPE_CHECKING:
     from attn_triton.partition import Partition
 
-#: Two warps of 32 keys each; ``block_m`` is what one product of the tensor cores has. Programs of more warps, with as
-#: many on a multiprocessor, compute and wait in step (TUNING.md).
-TILE: Final = DecodeTile(block_m=16, block_n=64, warps=2, stages=1, per_sm=4)
+#: Query rows that one product of the tensor cores has, and the widths of heads whose rows threads read in whole pieces.
 ROWS: Final = 16
 WIDTHS: Final = (64, 128)
 
@@ -33,8 +31,8 @@ STRIDES, SCALES = slice(14, 18), slice(20, 23)
 
 
 def takes(chip: Chip, kind: Kind, step: Step | None) -> bool:
-    """Whether the kernel computes layers of ``kind`` in ``step`` (None: in some step). Everything else is the plain
-    kernel's.
+    """Whether the kernel can compute layers of ``kind`` in ``step`` (None: in some step). Where the table has a tile
+    for it (`DecodeTile.gluon`) it does; everything else is the plain kernel's.
     """
     g = kind.geometry
     return (
@@ -47,16 +45,9 @@ def takes(chip: Chip, kind: Kind, step: Step | None) -> bool:
         and g.v_dim in WIDTHS
         and g.group <= ROWS
         and (step is None or step.single)
-        and bool(FORCED.get("gluon_decode", FORCED.get("gluon", True)))
-        and "decode" not in FORCED
+        and bool(FORCED.get("gluon", True))
         and gluon_known()
     )
-
-
-def tile() -> DecodeTile:
-    """What a program takes at a time."""
-    forced: DecodeTile = FORCED.get("fp8_tile", TILE)
-    return forced
 
 
 def bind(
@@ -68,7 +59,7 @@ def bind(
     kind, geometry, keys = layer.kind, layer.kind.geometry, partition.keys
     cut, plan, none = partition.cut, partition.plan, partition.keys.lengths
     constants: dict[str, Any] = {
-        "HKV": geometry.num_kv_heads, "GROUP": geometry.group, "AHEAD": cut.tile.stages, "W": cut.tile.warps,
+        "HKV": geometry.num_kv_heads, "GROUP": geometry.group, "W": cut.tile.warps,
         "N": cut.tile.block_n // cut.tile.warps, "D": geometry.qk_dim, "DV": geometry.v_dim,
         **geometry.pool_constants(), "FIXED": cut.fixed, "WINDOW": kind.window is not None, "HAS_CAP": kind.has_cap,
         "HAS_SINKS": kind.sinks is not None, "HAS_LSE": lse is not None, "HALF": geometry.dtype == torch.bfloat16,

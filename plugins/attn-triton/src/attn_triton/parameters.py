@@ -31,7 +31,7 @@ FORCED: Final[dict[str, Any]] = {}
 @dataclass(frozen=True, slots=True)
 class DecodeTile:
     """``block_m`` rows and ``block_n`` keys a block; ``per_sm`` programs are resident on a multiprocessor; a request is
-    not cut into pieces of fewer than ``least_blocks``.
+    not cut into pieces of fewer than ``least_blocks``. ``gluon``: of the kernel of `hopper_decode`.
     """
 
     block_m: int
@@ -40,6 +40,7 @@ class DecodeTile:
     stages: int
     per_sm: int
     least_blocks: int = 1
+    gluon: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +56,18 @@ class ExtendTile:
     by_head: bool
 
 
-def decode_tile(chip: Chip, geometry: Geometry, rows: int, load: Load, *, tree: bool = False) -> DecodeTile:
-    """For ``rows`` query rows a request and KV head: (tokens x group). ``tree``: a mask's bits travel with the keys."""
-    found = _find("decode", chip, geometry, rows, load)
+def decode_tile(
+    chip: Chip, geometry: Geometry, rows: int, load: Load, *, tree: bool = False, gluon: bool = False
+) -> DecodeTile:
+    """For ``rows`` query rows a request and KV head: (tokens x group). ``tree``: a mask's bits travel with the keys.
+    ``gluon``: the kernel of `hopper_decode` can compute them.
+    """
+    found = _find("decode", chip, geometry, rows, load, gluon=gluon)
     block_m = min(64, power_of_two_from(max(16, rows)))
     if found is None:
         return _default_decode(chip, geometry, block_m, tree=tree)
+    if found.get("gluon"):
+        return DecodeTile(block_m, found["block_n"], found["warps"], 1, found["per_sm"], gluon=True)
     tile = DecodeTile(block_m, found["block_n"], found["warps"], found["stages"], found["per_sm"])
     while tile.stages > 1 and shared_bytes(geometry, tile, tree=tree) > chip.shared_memory:
         tile = replace(tile, stages=tile.stages - 1)
@@ -114,14 +121,17 @@ def _default_extend(chip: Chip, geometry: Geometry, *, tree: bool) -> ExtendTile
     return ExtendTile(16, 16, 4, 1, True)
 
 
-def _find(table: str, chip: Chip, geometry: Geometry, rows: int, load: Load | None) -> Mapping[str, Any] | None:
+def _find(
+    table: str, chip: Chip, geometry: Geometry, rows: int, load: Load | None, *, gluon: bool = False
+) -> Mapping[str, Any] | None:
     facts = {
         "kind": "mla" if geometry.values_in_keys else "mha",
         "item_bytes": geometry.dtype.itemsize,
         "cache_bytes": geometry.kv_dtype.itemsize,
         "load": load,
+        "gluon": gluon,
     }
-    if table in FORCED:
+    if table in FORCED and (gluon or not FORCED[table].get("gluon")):
         return cast(Mapping[str, Any], FORCED[table])
     width = max(geometry.qk_dim, geometry.v_dim)
     for arch, entry in _tables()[table]:

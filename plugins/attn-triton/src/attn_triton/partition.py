@@ -114,10 +114,9 @@ class Partitions:
     def _tile(self, step: Step, kind: Kind, load: Load) -> DecodeTile:
         if hopper_mla.takes(self.chip, kind, step):
             return hopper_mla.TILE
-        if hopper_decode.takes(self.chip, kind, step):
-            return hopper_decode.tile()
         rows, tree = step.max_query_len * kind.geometry.group, step.tree is not None and not kind.cross
-        return decode_tile(self.chip, kind.geometry, rows, load, tree=tree)
+        gluon = hopper_decode.takes(self.chip, kind, step)
+        return decode_tile(self.chip, kind.geometry, rows, load, tree=tree, gluon=gluon)
 
     def schedule(self, step: Step, kind: Kind, keys: Keys, cut: Cut) -> Schedule:
         """The cut line, made on the device once a step for all kinds of layers that cut alike."""
@@ -150,11 +149,10 @@ class Partitions:
         lengths.
         """
         geometry, rows = kind.geometry, query_len * kind.geometry.group
-        tiles = [decode_tile(self.chip, geometry, rows, load) for load in LOADS]
+        gluon = hopper_decode.takes(self.chip, kind, None)
+        tiles = [decode_tile(self.chip, geometry, rows, load, gluon=g) for load in LOADS for g in {gluon, False}]
         if hopper_mla.takes(self.chip, kind, None):
             tiles.append(hopper_mla.TILE)
-        if hopper_decode.takes(self.chip, kind, None):
-            tiles.append(hopper_decode.tile())
         programs = [
             max(self.chip.multiprocessors * t.per_sm, geometry.num_kv_heads * -(-rows // t.block_m)) for t in tiles
         ]

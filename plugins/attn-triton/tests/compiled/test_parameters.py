@@ -39,6 +39,30 @@ def test_a_step_gets_what_was_measured_to_be_best(lengths: list[int], tile: tupl
     assert (cut.tile.block_n, cut.tile.warps, cut.tile.stages, cut.tile.per_sm) == tile
 
 
+@pytest.mark.parametrize(
+    ("lengths", "tile"),
+    [
+        ([65536] * 8, (32, 1, 8, True)),
+        ([4096] * 64, (32, 1, 8, True)),
+        ([2048] * 128, (32, 1, 8, True)),
+        ([128, 32768] * 32, (32, 1, 8, True)),
+    ],
+    ids=["few and long", "many", "many and short", "mixed"],
+)  # fmt: skip
+@pytest.mark.parametrize("taken", [True, False], ids=["Gluon's kernel", "the plain one"])
+def test_a_step_over_fp8_gets_what_was_measured_to_be_best(
+    lengths: list[int], tile: tuple[int, ...], taken: bool
+) -> None:
+    """Where the kernel in Gluon does not compute a layer, its entries are not looked at."""
+    fp8 = geometry(kv_dtype=torch.float8_e4m3fn)
+    cut = cut_keys(
+        lambda load: decode_tile(HOPPER, fp8, 4, load, gluon=taken), HOPPER.multiprocessors, fp8, batch=len(lengths),
+        query_len=1, most_keys=max(lengths), lengths=lengths, window=None,
+    )  # fmt: skip
+    found = (cut.tile.block_n, cut.tile.warps, cut.tile.per_sm, cut.tile.gluon)
+    assert found == (tile if taken else (128, 4, 2, False))
+
+
 @pytest.mark.parametrize("arch", CHIPS)
 @pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float8_e4m3fn])
 @pytest.mark.parametrize("tree", [False, True])

@@ -37,91 +37,51 @@ def soft_capped(s, cap):
 
 
 @gluon.jit
-def load_tile(
-    K, V, page_row, page, begin, i, here, lowest, length, W: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
-    DV: gl.constexpr, PAGE: gl.constexpr, K_PAGE: gl.constexpr, K_TOKEN: gl.constexpr, V_PAGE: gl.constexpr,
-    V_TOKEN: gl.constexpr,
-):  # fmt: skip
-    """Keys, and even and odd values, of tile ``i``."""
-    k = load_keys(K, page_row, page, begin, i, here, lowest, length, W, N, D, PAGE, K_PAGE, K_TOKEN)
-    v0 = load_values(V, page_row, page, begin, i, here, lowest, length, 0, W, N, DV, PAGE, V_PAGE, V_TOKEN)
-    v1 = load_values(V, page_row, page, begin, i, here, lowest, length, 1, W, N, DV, PAGE, V_PAGE, V_TOKEN)
-    return k, v0, v1
-
-
-@gluon.jit
-def fold_tile(
-    q, row_scale, k, v0, v1, acc, top, total, K, V, page_row, page, begin, i, length, lowest, cap, AHEAD: gl.constexpr,
-    W: gl.constexpr, N: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, PAGE: gl.constexpr, K_PAGE: gl.constexpr,
-    K_TOKEN: gl.constexpr, V_PAGE: gl.constexpr, V_TOKEN: gl.constexpr, HAS_CAP: gl.constexpr, E4: gl.constexpr,
-    mma: gl.constexpr,
-):  # fmt: skip
-    """Tile ``i`` into the running softmax, and tile i + AHEAD, whose pages are given, into its place."""
-    column_layout: gl.constexpr = gl.SliceLayout(1, mma)
-    right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
-    wide = as_summed(widened_keys(k, E4, N, D, W), N, D, W).permute((0, 2, 1))
-    s = gl.zeros([W, 16, N], gl.float32, mma)
-    s = mma_v2(q, gl.convert_layout(wide, right, assert_trivial=True), s)
-    after = i + AHEAD
-    k = load_keys(K, page_row, page, begin, after, True, lowest, length, W, N, D, PAGE, K_PAGE, K_TOKEN)
-    s = s * gl.expand_dims(row_scale, 2)
-    if HAS_CAP:
-        s = soft_capped(s, cap)
-    w = gl.arange(0, W, gl.SliceLayout(1, column_layout))
-    n = i * (W * N) + w[:, None] * N + gl.arange(0, N, gl.SliceLayout(0, column_layout))[None, :]
-    s = gl.where(gl.expand_dims((n < length) & (n >= lowest), 1), s, float("-inf"))
-    new_top = gl.maximum(top, gl.max(s, 2))
-    finite = gl.where(new_top == float("-inf"), 0.0, new_top)
-    p = gl.exp2(s - gl.expand_dims(finite, 2))
-    factor = gl.exp2(top - finite)
-    total = total * factor + gl.sum(p, 2)
-    left = gl.convert_layout(p.to(gl.float16), gl.DotOperandLayout(0, mma, 2), assert_trivial=True)
-    wide_v = gl.convert_layout(widened_values(v0, v1, E4, N, DV, W), right, assert_trivial=True)
-    acc = mma_v2(left, wide_v, acc * gl.expand_dims(factor, 2))
-    v0 = load_values(V, page_row, page, begin, after, True, lowest, length, 0, W, N, DV, PAGE, V_PAGE, V_TOKEN)
-    v1 = load_values(V, page_row, page, begin, after, True, lowest, length, 1, W, N, DV, PAGE, V_PAGE, V_TOKEN)
-    page, begin = chunk_pages(page_row, after + 1, lowest, length, PAGE, N, W)
-    return k, v0, v1, page, begin, acc, new_top, total
-
-
-@gluon.jit
 def attend(
-    q, row_scale, K, V, page_row, first, last, length, lowest, cap, AHEAD: gl.constexpr, W: gl.constexpr,
-    N: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, PAGE: gl.constexpr, K_PAGE: gl.constexpr,
-    K_TOKEN: gl.constexpr, V_PAGE: gl.constexpr, V_TOKEN: gl.constexpr, HAS_CAP: gl.constexpr, E4: gl.constexpr,
-    mma: gl.constexpr,
+    q, row_scale, K, V, page_row, first, last, length, lowest, cap, W: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
+    DV: gl.constexpr, PAGE: gl.constexpr, K_PAGE: gl.constexpr, K_TOKEN: gl.constexpr, V_PAGE: gl.constexpr,
+    V_TOKEN: gl.constexpr, HAS_CAP: gl.constexpr, E4: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
     """Online softmax of every warp over its keys of tiles ``first``..``last``: accumulators [W, 16, DV] (columns as the
-    product gives them), top and total [W, 16]. Tiles from ``last`` on are like keys behind the end: what they read is
-    the last key, and nobody sees it.
+    product gives them), top and total [W, 16]. What is asked for behind tile ``last`` is its last key again.
     """
     row_layout: gl.constexpr = gl.SliceLayout(2, mma)
+    column_layout: gl.constexpr = gl.SliceLayout(1, mma)
+    right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
     top = gl.full([W, 16], float("-inf"), gl.float32, row_layout)
     total = gl.full([W, 16], 0.0, gl.float32, row_layout)
     acc = gl.zeros([W, 16, DV], gl.float32, mma)
+    w = gl.arange(0, W, gl.SliceLayout(1, column_layout))
+    own = w[:, None] * N + gl.arange(0, N, gl.SliceLayout(0, column_layout))[None, :]
     length = gl.minimum(length, last * (W * N))
+    some = first < last
     page, begin = chunk_pages(page_row, first, lowest, length, PAGE, N, W)
-    k, v0, v1 = load_tile(
-        K, V, page_row, page, begin, first, first < last, lowest, length, W, N, D, DV, PAGE, K_PAGE, K_TOKEN, V_PAGE,
-        V_TOKEN,
-    )  # fmt: skip
+    k = load_keys(K, page_row, page, begin, first, some, lowest, length, W, N, D, PAGE, K_PAGE, K_TOKEN)
+    v0 = load_values(V, page_row, page, begin, first, some, lowest, length, 0, W, N, DV, PAGE, V_PAGE, V_TOKEN)
+    v1 = load_values(V, page_row, page, begin, first, some, lowest, length, 1, W, N, DV, PAGE, V_PAGE, V_TOKEN)
     page, begin = chunk_pages(page_row, first + 1, lowest, length, PAGE, N, W)
-    if AHEAD == 2:
-        next_k, next_v0, next_v1 = load_tile(
-            K, V, page_row, page, begin, first + 1, first < last, lowest, length, W, N, D, DV, PAGE, K_PAGE, K_TOKEN,
-            V_PAGE, V_TOKEN,
-        )  # fmt: skip
-        page, begin = chunk_pages(page_row, first + 2, lowest, length, PAGE, N, W)
-    for i in range(first, last, AHEAD):
-        k, v0, v1, page, begin, acc, top, total = fold_tile(
-            q, row_scale, k, v0, v1, acc, top, total, K, V, page_row, page, begin, i, length, lowest, cap, AHEAD,
-            W, N, D, DV, PAGE, K_PAGE, K_TOKEN, V_PAGE, V_TOKEN, HAS_CAP, E4, mma,
-        )  # fmt: skip
-        if AHEAD == 2:
-            next_k, next_v0, next_v1, page, begin, acc, top, total = fold_tile(
-                q, row_scale, next_k, next_v0, next_v1, acc, top, total, K, V, page_row, page, begin, i + 1, length,
-                lowest, cap, AHEAD, W, N, D, DV, PAGE, K_PAGE, K_TOKEN, V_PAGE, V_TOKEN, HAS_CAP, E4, mma,
-            )  # fmt: skip
+    for i in range(first, last):
+        wide = as_summed(widened_keys(k, E4, N, D, W), N, D, W).permute((0, 2, 1))
+        s = gl.zeros([W, 16, N], gl.float32, mma)
+        s = mma_v2(q, gl.convert_layout(wide, right, assert_trivial=True), s)
+        k = load_keys(K, page_row, page, begin, i + 1, True, lowest, length, W, N, D, PAGE, K_PAGE, K_TOKEN)
+        s = s * gl.expand_dims(row_scale, 2)
+        if HAS_CAP:
+            s = soft_capped(s, cap)
+        n = i * (W * N) + own
+        s = gl.where(gl.expand_dims((n < length) & (n >= lowest), 1), s, float("-inf"))
+        new_top = gl.maximum(top, gl.max(s, 2))
+        finite = gl.where(new_top == float("-inf"), 0.0, new_top)
+        p = gl.exp2(s - gl.expand_dims(finite, 2))
+        factor = gl.exp2(top - finite)
+        total = total * factor + gl.sum(p, 2)
+        top = new_top
+        left = gl.convert_layout(p.to(gl.float16), gl.DotOperandLayout(0, mma, 2), assert_trivial=True)
+        wide_v = gl.convert_layout(widened_values(v0, v1, E4, N, DV, W), right, assert_trivial=True)
+        acc = mma_v2(left, wide_v, acc * gl.expand_dims(factor, 2))
+        v0 = load_values(V, page_row, page, begin, i + 1, True, lowest, length, 0, W, N, DV, PAGE, V_PAGE, V_TOKEN)
+        v1 = load_values(V, page_row, page, begin, i + 1, True, lowest, length, 1, W, N, DV, PAGE, V_PAGE, V_TOKEN)
+        page, begin = chunk_pages(page_row, i + 2, lowest, length, PAGE, N, W)
     return acc, top, total
 
 
@@ -162,7 +122,7 @@ def dependence(code: gl.constexpr):
 def gluon_decode_kernel(
     Q, K, V, PAGES, LENGTHS, SINK_LOGITS, OUT, LSE, PART_OUT, PART_LSE, LINE, BOUNDS, FIRST, splits, q_token, q_head,
     out_token, out_head, page_stride, window, scale, cap, v_scale,
-    HKV: gl.constexpr, GROUP: gl.constexpr, AHEAD: gl.constexpr, W: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
+    HKV: gl.constexpr, GROUP: gl.constexpr, W: gl.constexpr, N: gl.constexpr, D: gl.constexpr,
     DV: gl.constexpr, PAGE: gl.constexpr, K_PAGE: gl.constexpr, K_TOKEN: gl.constexpr, K_HEAD: gl.constexpr,
     V_PAGE: gl.constexpr, V_TOKEN: gl.constexpr, V_HEAD: gl.constexpr, FIXED: gl.constexpr, WINDOW: gl.constexpr,
     HAS_CAP: gl.constexpr, HAS_SINKS: gl.constexpr, HAS_LSE: gl.constexpr, HALF: gl.constexpr, E4: gl.constexpr,
@@ -206,7 +166,7 @@ def gluon_decode_kernel(
         acc, top, total = attend(
             q, row_scale * scale, K + h * K_HEAD, V + h * V_HEAD, PAGES + b.to(gl.int64) * page_stride,
             first_block + pos - line0, gl.minimum(first_block + stop - line0, end_block), length, lowest, cap,
-            AHEAD, W, N, D, DV, PAGE, K_PAGE, K_TOKEN, V_PAGE, V_TOKEN, HAS_CAP, E4, mma,
+            W, N, D, DV, PAGE, K_PAGE, K_TOKEN, V_PAGE, V_TOKEN, HAS_CAP, E4, mma,
         )  # fmt: skip
         peak = gl.max(top, 0)
         inner: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, mma))
