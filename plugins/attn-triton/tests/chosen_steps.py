@@ -29,7 +29,7 @@ Backend = Callable[[AttentionConfig, KVCache], TritonBackend]
 class ChosenStep:
     """``launches``: the kernels after the write, without ``_kernel``. ``new`` tokens and ``cached`` ones of each
     request, and what the layer is. ``blind``: the host knows no lengths. ``replayed``: from the buffers of graphs.
-    ``odd``: queries at strides that are no multiples of 16 bytes. ``forced``: launch parameters in place of the table's.
+    ``odd``: queries at strides that are no multiples of 16 bytes. ``forced``: in place of the table.
     """
 
     launches: str
