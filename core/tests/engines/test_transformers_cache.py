@@ -10,7 +10,7 @@ import transformers as hf
 from attn_core.engines.transformers import PagedCache, register
 from attn_core.errors import BackendRefusedError, BatchError, CacheFullError, ConfigError, ProtocolError
 
-from .tiny_models import MODELS
+from .tiny_models import BASE, MODELS
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +49,18 @@ def test_masks_that_the_contract_cannot_say_are_refused(options: dict[str, Any],
     model.set_attn_implementation("attn")
     with pytest.raises(ConfigError, match=message):
         model(torch.arange(5, 11)[None], **options)
+
+
+@torch.no_grad()
+def test_a_model_whose_tokens_see_later_ones_has_no_use_for_pages() -> None:
+    model: Any = hf.LlamaForCausalLM(hf.LlamaConfig(**BASE, is_causal=False)).eval()
+    ids = torch.arange(5, 11)[None]
+    model.set_attn_implementation("eager")
+    wanted = model(ids, use_cache=False).logits
+    model.set_attn_implementation("attn")
+    assert (model(ids, use_cache=False).logits - wanted).abs().max() < 1e-4
+    with pytest.raises(ConfigError, match="later"):
+        model(ids, past_key_values=PagedCache(model, max_batch_size=1, max_seq_len=32))
 
 
 @torch.no_grad()

@@ -223,6 +223,12 @@ class PagedCache(Cache):
 
         Raises BatchError for masks that contradict what was cached, CacheFullError for more tokens than were asked for.
         """
+        if mask is not None and not mask.causal and mask.q_length > 1:
+            raise ConfigError(
+                "a model whose tokens see later ones, over pages",
+                accepted="a forward pass with use_cache=False, whose keys are given",
+                hint="what is cached was computed without the tokens that come later",
+            )
         spans = None if mask is None or mask.dense is None else mask.spans(window)
         if update.layer_idx == self._first:
             self._step = self._begin(query, mask, spans)
