@@ -2,6 +2,7 @@
 # Everything that needs the GPU; run in the repository's root with $OUT set. One file of results comes back,
 # $OUT/cuda-STAGE.tgz, packed again after each part: a run that is cut off brings what was done.
 #   gpu.sh unpack    unpacks what was carried, for packages that do not travel in one call
+#   gpu.sh modules   builds FlashInfer's missing modules for BUILD seconds on all cores; they come back in packs as well
 #   gpu.sh tiers     needs .gpu (pack.sh's packages) and .gpumod (FlashInfer's modules, see build_modules.py): verifies
 #                    fa3, flashinfer, flashinfer_mla and flashmla side by side for VERIFY seconds, in the tier TIER
 #   gpu.sh measure   times them on the quiet machine, beside their libraries; models, mixed plans and traps
@@ -19,7 +20,7 @@ unpack() { # archives into a folder, all at once, each only once
   done; wait
 }
 case $stage in
-  unpack | tiers | measure) unpack "$S" .gpu/*/site.tar.xz; unpack "$S/flashinfer/data/aot" .gpumod/*.tar.xz ;;
+  unpack | modules | tiers | measure) unpack "$S" .gpu/*/site.tar.xz; unpack "$S/flashinfer/data/aot" .gpumod/*.tar.xz ;;
   fa4) unpack "$S" .gpu4/*/site.tar.xz; export FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1 ;;
   *) echo "unknown stage $stage" >&2; exit 2 ;;
 esac
@@ -36,6 +37,10 @@ check() { # backend, workers: all of the tier that VERIFY seconds allow
 }
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | tee "$R/device.txt"; echo "unpacked at $((SECONDS - begun)) s"
 case $stage in
+  modules)
+    ls "$S/flashinfer/data/aot" > "$R/there.txt"; cores=$(nproc)
+    env -u FLASHINFER_DISABLE_JIT MAX_JOBS=4 timeout $((BUILD + 40)) python3 plugins/attn-flashinfer/gpu/build_modules.py \
+      --out "$OUT" --seconds "$BUILD" --at-once $((cores / 3)) --skip "$R/there.txt" 2>&1 | tee "$R/log-modules.txt" | grep modules ;;
   tiers)
     TIER=${TIER:-stress}; VERIFY=${VERIFY:-200}
     for part in ${SHARES:-fa3:5 flashinfer:5 flashinfer_mla:4 flashmla:3}; do check "${part%:*}" "${part#*:}" & done; wait; bring verified ;;

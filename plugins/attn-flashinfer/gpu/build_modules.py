@@ -27,7 +27,7 @@ import attn_flashinfer
 import flashinfer
 from attn_core.planning.manifest import Manifest
 from attn_core.planning.system import System
-from attn_core.testing.generation import generate_cases
+from attn_core.testing.agenda import REFUSALS, agenda
 from attn_flashinfer.modules import Module, modules_of
 from unused_masks import leave_out
 
@@ -38,15 +38,22 @@ FIRST = tuple(Module("bfloat16", "auto", 128, 128, False, False, kernels) for ke
 
 
 def needed() -> list[Module]:
-    """Every module of every case of the kit on Hopper, by how many cases need it."""
+    """Every module of every case of the kit on Hopper: by how many of the cases that a proof needs do need it, then by
+    how many cases do.
+    """
     folder = Path(attn_flashinfer.__file__).parent
+    proofs: Counter[Module] = Counter()
     count: Counter[Module] = Counter()
     for name in ("flashinfer_mla", "flashinfer"):
-        manifest = Manifest.parse((folder / f"{name}.toml").read_text())
-        for case in generate_cases(manifest, "contract", System.parse("cuda:sm_90")):
+        plan = agenda(Manifest.parse((folder / f"{name}.toml").read_text()), "stress", System.parse("cuda:sm_90"))
+        for case, part in plan.parts.items():
+            if part == REFUSALS:
+                continue
             config = case.config()
-            count.update({m for p in case.phases for k in config.kinds(p) for m in modules_of(config, k, p, (9, 0))})
-    return sorted(count, key=lambda module: (module not in FIRST, not module.kernels.startswith("mla"), -count[module]))
+            modules = {m for p in case.phases for k in config.kinds(p) for m in modules_of(config, k, p, (9, 0))}
+            count.update(modules)
+            proofs.update(modules if case in plan.required else ())
+    return sorted(count, key=lambda module: (module not in FIRST, -proofs[module], -count[module]))
 
 
 def place(name: str, library: Path) -> None:
@@ -58,7 +65,7 @@ def place(name: str, library: Path) -> None:
 
 
 def build(modules: list[Module], seconds: float, at_once: int, skip: frozenset[str]) -> None:
-    """Build until the time is up, the slowest first; what is being built then is left behind."""
+    """Build until the time is up, in this order; what is being built then is left behind."""
     deadline = time.monotonic() + seconds
     say = threading.Lock()
 
@@ -80,8 +87,7 @@ def build(modules: list[Module], seconds: float, at_once: int, skip: frozenset[s
             print(f"[modules] {time.monotonic() - (deadline - seconds):.0f} s: {tuple(module)} {text}", flush=True)
 
     executor = ThreadPoolExecutor(at_once)
-    slowest_first = sorted(modules, key=lambda module: module.kernels != "fa3")
-    futures = [executor.submit(one, module) for module in slowest_first]
+    futures = [executor.submit(one, module) for module in modules]
     while not all(future.done() for future in futures) and time.monotonic() < deadline:
         time.sleep(1)
     executor.shutdown(wait=False, cancel_futures=True)
