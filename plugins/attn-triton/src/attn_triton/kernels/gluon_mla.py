@@ -2,17 +2,19 @@
 
 A program holds 64 query rows, (token, head), and walks tiles of 64 latent rows of 576 that the copy engine brings. The
 score role (4 warps) computes the scores of tile i + 1 while the value role (8 warps) multiplies the probabilities of
-tile i with the same tile's first 512 columns; the accumulator, 64 x 512 in fp32,
-never leaves the value role's registers.
+tile i with the same tile's first 512 columns; the accumulator, 64 x 512 in fp32, never leaves the value role's
+registers. Most of the queries lie in the score role's registers: both operands of a product 64 wide take all the
+bandwidth of shared memory. Their last 64 columns lie nowhere else, which leaves room for two tiles of probabilities.
 
-Barriers, with NB tile buffers (tiles are counted over all pieces of a program, ``it``):
-  0..NB-1        tile full            copy engine -> scores
-  NB             queries full         copy engine -> scores, once a piece
-  NB+1           probabilities ready  scores -> values, once a tile; they wait for the tile before to be consumed, so
-                                      that one buffer of probabilities is enough
-  NB+2..2NB+1    tile consumed        values -> scores
-  2NB+2          row sums ready       scores -> values, once a piece
-  2NB+3          piece done           values -> scores: without it a piece of no tiles would let the scores run ahead
+Barriers; tiles are counted over all pieces of a program, ``it``, and tile ``it`` is in buffer it % NB and has
+probabilities it % 2:
+  full      a tile is here             copy engine -> scores
+  consumed  a tile is not needed       values -> scores, which write over its probabilities; the value role itself asks
+                                       for the tile that comes next into the buffer
+  scaled    the factors on what was before are there, so that values rescale while the exponentials are computed
+  ready     probabilities are there    scores -> values
+  ends      once a piece: queries full; row sums ready, scores -> values; piece done, values -> scores, without which a
+            piece of no tiles would let the scores run ahead
 """
 
 from triton.experimental import gluon
@@ -25,23 +27,38 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+#: Parts of 64 columns of the queries that the score role holds in registers, of nine.
+HELD: gl.constexpr = gl.constexpr(6)
+#: Which of the barriers that are needed once a piece.
+QUERIES: gl.constexpr = gl.constexpr(0)
+SUMMED: gl.constexpr = gl.constexpr(1)
+DONE: gl.constexpr = gl.constexpr(2)
+
 
 @gluon.jit
-def load_tile(NOPE, ROPE, k0s, k1s, bars, buf, row):
+def load_tile(NOPE, ROPE, k0s, k1s, full, buf, row):
     """Ask for the 64 latent rows from ``row`` on."""
-    bar = bars.index(buf)
+    bar = full.index(buf)
     mbarrier.expect(bar, 64 * 576 * 2)
     tma.async_copy_global_to_shared(NOPE, [row, 0], bar, k0s.index(buf))
     tma.async_copy_global_to_shared(ROPE, [row, 512], bar, k1s.index(buf))
 
 
 @gluon.jit
-def clear_tail(k0s, buf, rows):
+def row_of(page_row, i, behind, PAGE: gl.constexpr):
+    """The pool's row in which tile ``i`` begins; past the end, that of the last tile."""
+    PER: gl.constexpr = PAGE // 64
+    at = gl.minimum(i, gl.maximum(behind - 1, 0))
+    return gl.load(page_row + at // PER) * PAGE + at % PER * 64
+
+
+@gluon.jit
+def clear_tail(k_boxes, buf, rows):
     """Zero the latent rows from ``rows`` on: behind a sequence lies anything, and 0 * NaN would be NaN."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     r = gl.arange(0, 64, gl.SliceLayout(1, layout))
     for c in gl.static_range(8):
-        part = k0s.index(buf).slice(64 * c, 64, dim=1)
+        part = k_boxes.index(buf * 8 + c)
         x = part.load(layout)
         part.store(gl.where((r < rows)[:, None], x, gl.zeros_like(x)))
     fence_async_shared()
@@ -88,16 +105,54 @@ def query_range(STARTS, b, SINGLE: gl.constexpr):
 
 
 @gluon.jit
+def score_tile(
+    i, it, top, total, held, q_boxes, k_boxes, k1s, ps, factors, full, consumed, scaled, ready, length, last_seen,
+    scale, MASKED: gl.constexpr, NB: gl.constexpr, mma: gl.constexpr,
+):  # fmt: skip
+    """Scores and softmax of tile ``i``; the running maxima and sums."""
+    buf = it % NB
+    mbarrier.wait(full.index(buf), (it // NB) & 1)
+    s = gl.zeros([64, 64], gl.float32, layout=mma)
+    for c in gl.static_range(9):
+        k = k_boxes.index(buf * 8 + c) if c < 8 else k1s.index(buf)
+        q = q_boxes.index(c) if c < 9 - HELD else held[c - 9 + HELD]
+        s = warpgroup_mma(q, k.permute((1, 0)), s, use_acc=c > 0, is_async=True)
+    s = warpgroup_mma_wait(0, deps=[s])
+    if MASKED:
+        if (i + 1) * 64 > length:
+            clear_tail(k_boxes, buf, length - i * 64)
+        column = gl.arange(0, 64, gl.SliceLayout(0, mma))
+        s = gl.where((i * 64 + column)[None, :] <= last_seen[:, None], s, float("-inf"))
+    new_top = gl.maximum(top, gl.max(s, 1) * scale)
+    finite = gl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
+    factor = gl.exp2(top - finite)
+    before = it + NB - 2  # that of tile it - 2, which had the place of these probabilities; at first nobody waits
+    mbarrier.wait(consumed.index(before % NB), ((before // NB) & 1) ^ 1)
+    factors.index(it % 2).store(factor)
+    gl.thread_barrier()
+    mbarrier.arrive(scaled.index(it % 2), count=1)
+    # A wait that is over: it is a branch, over which ptxas does not pull the exponentials before the arrival.
+    mbarrier.wait(full.index(buf), (it // NB) & 1)
+    p = gl.exp2(s * scale - finite[:, None])
+    ps.index(it % 2).store(p.to(ps.dtype))
+    fence_async_shared()
+    gl.thread_barrier()
+    mbarrier.arrive(ready.index(it % 2), count=1)
+    return new_top, total * factor + gl.sum(p, 1)
+
+
+@gluon.jit
 def score_role(
-    Q_NOPE, Q_ROPE, NOPE, ROPE, q0, q1, k0s, k1s, ps, factors, sums, bars, PAGES, LENGTHS, STARTS, LSE, PART_LSE, LINE,
-    BOUNDS, FIRST, splits, page_stride, scale, H: gl.constexpr, TILES: gl.constexpr, PAGE: gl.constexpr,
-    FIXED: gl.constexpr,
+    Q_NOPE, Q_ROPE, q0, k0s, k1s, ps, factors, sums, full, consumed, scaled, ready, ends, LENGTHS, STARTS, LSE,
+    PART_LSE, LINE, BOUNDS, FIRST, splits, scale, H: gl.constexpr, TILES: gl.constexpr, FIXED: gl.constexpr,
     SINGLE: gl.constexpr, HAS_LSE: gl.constexpr, NB: gl.constexpr,
 ):  # fmt: skip
-    """Copies, scores and softmax of every tile of this program's piece of the line."""
+    """Scores and softmax of every tile of this program's piece of the line."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, mma)
-    column_layout: gl.constexpr = gl.SliceLayout(0, mma)
+    q_boxes = q0._reinterpret(q0.dtype, [8, 64, 64], q0.layout)
+    k_boxes = k0s._reinterpret(k0s.dtype, [8 * NB, 64, 64], k0s.layout)
     t = gl.program_id(0) % TILES
     g = gl.program_id(0) // TILES
     b, pos, end = first_piece(LENGTHS, BOUNDS, FIRST, g, splits, FIXED)
@@ -105,7 +160,6 @@ def score_role(
     it = 0
     piece = 0
     r = t * 64 + gl.arange(0, 64, row_layout)
-    column = gl.arange(0, 64, column_layout)
     while pos < end:
         line0, line1, length = line_of(LENGTHS, LINE, b, FIXED)
         q_start, query_len = query_range(STARTS, b, SINGLE)
@@ -114,54 +168,36 @@ def score_role(
         behind = gl.minimum(stop - line0, (length + 63) // 64)
         token = r // H
         last_seen = length - query_len + gl.minimum(token, query_len - 1)
-        mbarrier.expect(bars.index(NB), 64 * 576 * 2)
-        tma.async_copy_global_to_shared(Q_NOPE, [q_start * H + t * 64, 0], bars.index(NB), q0)
-        tma.async_copy_global_to_shared(Q_ROPE, [q_start * H + t * 64, 512], bars.index(NB), q1)
-        page_row = PAGES + b.to(gl.int64) * page_stride
-        PER: gl.constexpr = PAGE // 64
-        for w in gl.static_range(NB - 1):  # buffers free since the tiles before it - 1 were seen consumed
-            if first + w < behind:
-                i = first + w
-                load_tile(NOPE, ROPE, k0s, k1s, bars, (it + w) % NB, gl.load(page_row + i // PER) * PAGE + i % PER * 64)
-        ahead = gl.minimum(first + NB - 1, gl.maximum(behind - 1, 0))
-        row = gl.load(page_row + ahead // PER) * PAGE + ahead % PER * 64
+        if it > 0:  # the last columns of the queries come to where probabilities lie
+            mbarrier.wait(consumed.index((it - 1) % NB), ((it - 1) // NB) & 1)
+        mbarrier.expect(ends.index(QUERIES), 64 * 576 * 2)
+        tma.async_copy_global_to_shared(Q_NOPE, [q_start * H + t * 64, 0], ends.index(QUERIES), q0)
+        tma.async_copy_global_to_shared(Q_ROPE, [q_start * H + t * 64, 512], ends.index(QUERIES), ps.index(1))
         top = gl.full([64], float("-inf"), gl.float32, layout=row_layout)
         total = gl.zeros([64], gl.float32, layout=row_layout)
-        mbarrier.wait(bars.index(NB), piece & 1)
-        for i in range(first, behind):
-            buf = it % NB
-            mbarrier.wait(bars.index(buf), (it // NB) & 1)
-            if (i + 1) * 64 > length:
-                clear_tail(k0s, buf, length - i * 64)
-            zero = gl.zeros([64, 64], gl.float32, layout=mma)
-            s = warpgroup_mma(q0, k0s.index(buf).permute((1, 0)), zero, use_acc=False, is_async=True)
-            s = warpgroup_mma(q1, k1s.index(buf).permute((1, 0)), s, is_async=True)
-            s = warpgroup_mma_wait(0, deps=[s])
-            if it > 0:
-                mbarrier.wait(bars.index(NB + 2 + (it - 1) % NB), ((it - 1) // NB) & 1)
-            if i + NB - 1 < behind:
-                load_tile(NOPE, ROPE, k0s, k1s, bars, (it + NB - 1) % NB, row)
-                ahead = gl.minimum(i + NB, behind - 1)
-                row = gl.load(page_row + ahead // PER) * PAGE + ahead % PER * 64
-            s = s * scale
-            s = gl.where((i * 64 + column)[None, :] <= last_seen[:, None], s, float("-inf"))
-            new_top = gl.maximum(top, gl.max(s, 1))
-            finite = gl.where(new_top == float("-inf"), 0.0, new_top)
-            factor = gl.exp2(top - finite)
-            p = gl.exp2(s - finite[:, None])
-            ps.store(p.to(ps.dtype))
-            factors.store(factor)
-            fence_async_shared()
-            gl.thread_barrier()
-            mbarrier.arrive(bars.index(NB + 1), count=1)
-            total = total * factor + gl.sum(p, 1)
-            top = new_top
+        mbarrier.wait(ends.index(QUERIES), piece & 1)
+        held = (ps.index(1).load(left),)
+        for c in gl.static_range(1, HELD):
+            held = (q_boxes.index(8 - c).load(left),) + held  # type: ignore[assignment]  # noqa: RUF005
+        gl.thread_barrier()
+        whole = gl.minimum(gl.maximum((length - query_len + 1) // 64, first), behind)
+        for i in range(first, whole):
+            top, total = score_tile(
+                i, it, top, total, held, q_boxes, k_boxes, k1s, ps, factors, full, consumed, scaled, ready, length,
+                last_seen, scale, False, NB, mma,
+            )  # fmt: skip
+            it += 1
+        for i in range(whole, behind):
+            top, total = score_tile(
+                i, it, top, total, held, q_boxes, k_boxes, k1s, ps, factors, full, consumed, scaled, ready, length,
+                last_seen, scale, True, NB, mma,
+            )  # fmt: skip
             it += 1
         if piece > 0:
-            mbarrier.wait(bars.index(2 * NB + 3), (piece - 1) & 1)
+            mbarrier.wait(ends.index(DONE), (piece - 1) & 1)
         sums.store(total)
         gl.thread_barrier()
-        mbarrier.arrive(bars.index(2 * NB + 2), count=1)
+        mbarrier.arrive(ends.index(SUMMED), count=1)
         base2 = gl.where(total > 0.0, top + gl.log2(gl.where(total > 0.0, total, 1.0)), float("-inf"))
         if (pos == line0) & (stop == line1):
             if HAS_LSE:
@@ -180,11 +216,14 @@ def score_role(
 
 @gluon.jit
 def value_role(
-    k0s, ps, factors, sums, bars, LENGTHS, STARTS, OUT, PART_OUT, LINE, BOUNDS, FIRST, splits, out_token, out_head,
-    v_scale,
-    H: gl.constexpr, TILES: gl.constexpr, FIXED: gl.constexpr, SINGLE: gl.constexpr, NB: gl.constexpr,
+    NOPE, ROPE, k0s, k1s, ps, factors, sums, full, consumed, scaled, ready, ends, PAGES, LENGTHS, STARTS, OUT, PART_OUT,
+    LINE, BOUNDS, FIRST, splits, out_token, out_head, page_stride, v_scale,
+    H: gl.constexpr, TILES: gl.constexpr, PAGE: gl.constexpr, FIXED: gl.constexpr, SINGLE: gl.constexpr,
+    NB: gl.constexpr,
 ):  # fmt: skip
-    """The accumulator: probabilities times the tiles' first 512 columns, and the output."""
+    """The accumulator: probabilities times the tiles' first 512 columns, and the output; and the copies, since nobody
+    knows sooner that a buffer is free.
+    """
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 256, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, mma)
     t = gl.program_id(0) % TILES
@@ -199,21 +238,31 @@ def value_role(
         line0, line1, length = line_of(LENGTHS, LINE, b, FIXED)
         q_start, query_len = query_range(STARTS, b, SINGLE)
         stop = gl.minimum(end, line1)
+        first = pos - line0
         behind = gl.minimum(stop - line0, (length + 63) // 64)
+        page_row = PAGES + b.to(gl.int64) * page_stride
+        for w in gl.static_range(NB):
+            if first + w < behind:
+                load_tile(NOPE, ROPE, k0s, k1s, full, (it + w) % NB, row_of(page_row, first + w, behind, PAGE))
+        row = row_of(page_row, first + NB, behind, PAGE)
         acc = gl.zeros([64, 512], gl.float32, layout=mma)
-        for _ in range(pos - line0, behind):
+        for i in range(first, behind):
             buf = it % NB
-            mbarrier.wait(bars.index(NB + 1), it & 1)
-            acc = acc * factors.load(row_layout)[:, None]
-            acc = warpgroup_mma(ps, k0s.index(buf), acc, is_async=True)
+            mbarrier.wait(scaled.index(it % 2), (it // 2) & 1)
+            acc = acc * factors.index(it % 2).load(row_layout)[:, None]
+            mbarrier.wait(ready.index(it % 2), (it // 2) & 1)
+            acc = warpgroup_mma(ps.index(it % 2), k0s.index(buf), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             gl.thread_barrier()
-            mbarrier.arrive(bars.index(NB + 2 + buf), count=1)
+            mbarrier.arrive(consumed.index(buf), count=1)
+            if i + NB < behind:
+                load_tile(NOPE, ROPE, k0s, k1s, full, buf, row)
+            row = row_of(page_row, i + NB + 1, behind, PAGE)
             it += 1
-        mbarrier.wait(bars.index(2 * NB + 2), piece & 1)
+        mbarrier.wait(ends.index(SUMMED), piece & 1)
         total = sums.load(row_layout)
         gl.thread_barrier()
-        mbarrier.arrive(bars.index(2 * NB + 3), count=1)
+        mbarrier.arrive(ends.index(DONE), count=1)
         acc = acc * (v_scale / gl.where(total > 0.0, total, 1.0))[:, None]
         r = t * 64 + local
         token = r // H
@@ -272,16 +321,26 @@ def mla_kernel(
     vector: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     square: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     dtype: gl.constexpr = Q_NOPE.dtype
+    bar: gl.constexpr = mbarrier.MBarrierLayout()
     q0 = gl.allocate_shared_memory(dtype, [64, 512], Q_NOPE.layout)
-    q1 = gl.allocate_shared_memory(dtype, [64, 64], Q_ROPE.layout)
     k0s = gl.allocate_shared_memory(dtype, [NB, 64, 512], NOPE.layout)
     k1s = gl.allocate_shared_memory(dtype, [NB, 64, 64], ROPE.layout)
-    ps = gl.allocate_shared_memory(dtype, [64, 64], square)
-    factors = gl.allocate_shared_memory(gl.float32, [64], vector)
+    ps = gl.allocate_shared_memory(dtype, [2, 64, 64], square)
+    factors = gl.allocate_shared_memory(gl.float32, [2, 64], vector)
     sums = gl.allocate_shared_memory(gl.float32, [64], vector)
-    bars = gl.allocate_shared_memory(gl.int64, [2 * NB + 4, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2 * NB + 4):
-        mbarrier.init(bars.index(i), count=1)
+    full = gl.allocate_shared_memory(gl.int64, [NB, 1], bar)
+    consumed = gl.allocate_shared_memory(gl.int64, [NB, 1], bar)
+    scaled = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    ready = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    ends = gl.allocate_shared_memory(gl.int64, [3, 1], bar)
+    for i in gl.static_range(NB):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(consumed.index(i), count=1)
+    for i in gl.static_range(2):
+        mbarrier.init(scaled.index(i), count=1)
+        mbarrier.init(ready.index(i), count=1)
+    for i in gl.static_range(3):
+        mbarrier.init(ends.index(i), count=1)
     fence_async_shared()
     gl.thread_barrier()
     gl.warp_specialize(
@@ -289,20 +348,19 @@ def mla_kernel(
             (
                 value_role,
                 (
-                    k0s, ps, factors, sums, bars, LENGTHS, STARTS, OUT, PART_OUT, LINE, BOUNDS, FIRST, splits,
-                    out_token,
-                    out_head, v_scale, H, TILES, FIXED, SINGLE, NB,
+                    NOPE, ROPE, k0s, k1s, ps, factors, sums, full, consumed, scaled, ready, ends, PAGES, LENGTHS,
+                    STARTS, OUT, PART_OUT, LINE, BOUNDS, FIRST, splits, out_token, out_head, page_stride, v_scale, H,
+                    TILES, PAGE, FIXED, SINGLE, NB,
                 ),
             ),
             (
                 score_role,
                 (
-                    Q_NOPE, Q_ROPE, NOPE, ROPE, q0, q1, k0s, k1s, ps, factors, sums, bars, PAGES, LENGTHS, STARTS, LSE,
-                    PART_LSE, LINE, BOUNDS, FIRST, splits, page_stride, scale, H, TILES, PAGE, FIXED, SINGLE, HAS_LSE,
-                    NB,
+                    Q_NOPE, Q_ROPE, q0, k0s, k1s, ps, factors, sums, full, consumed, scaled, ready, ends, LENGTHS,
+                    STARTS, LSE, PART_LSE, LINE, BOUNDS, FIRST, splits, scale, H, TILES, FIXED, SINGLE, HAS_LSE, NB,
                 ),
             ),
         ],
         [4],
-        [168],
+        [184],
     )  # fmt: skip

@@ -105,12 +105,22 @@ class SharedMemory(Segment):
             self.races.read(addresses.ravel(), width, np.broadcast_to(each, addresses.shape).ravel())
         return view[places]
 
-    def store(self, addresses: NDArray[np.int64], values: NDArray[Any], warps: NDArray[np.intp] | None = None) -> None:
-        """``warps``: which one writes to each address; none where somebody else looks after that."""
+    def store(
+        self,
+        addresses: NDArray[np.int64],
+        values: NDArray[Any],
+        warps: NDArray[np.intp] | None = None,
+        *,
+        copied: bool = False,
+    ) -> None:
+        """``warps``: which one writes to each address; none where somebody else looks after that. ``copied``: by
+        cp.async, which Triton's compiler fences nowhere.
+        """
         view, places = self.places(addresses, values.dtype.itemsize)
         if self.races is not None and warps is not None:
             changes = np.broadcast_to(view[places] != values, addresses.shape).ravel()
             self.races.write(
-                addresses.ravel(), values.dtype.itemsize, np.broadcast_to(warps, addresses.shape).ravel(), changes
-            )
+                addresses.ravel(), values.dtype.itemsize, np.broadcast_to(warps, addresses.shape).ravel(), changes,
+                stored=not copied,
+            )  # fmt: skip
         view[places] = values

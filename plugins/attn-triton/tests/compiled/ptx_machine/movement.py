@@ -204,7 +204,9 @@ def _asynchronous(parts: tuple[str, ...], operands: tuple[Operand, ...]) -> Step
 
 def _put(block: Block, copy: Any) -> None:
     for i in range(0, copy.data.shape[1], 4):
-        block.shared.store(copy.at + i, np.ascontiguousarray(copy.data[:, i : i + 4]).view(np.uint32)[:, 0], copy.warps)
+        block.shared.store(
+            copy.at + i, np.ascontiguousarray(copy.data[:, i : i + 4]).view(np.uint32)[:, 0], copy.warps, copied=True
+        )
 
 
 def _shuffle(parts: tuple[str, ...], operands: tuple[Operand, ...]) -> Step:

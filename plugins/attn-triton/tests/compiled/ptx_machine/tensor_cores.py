@@ -72,7 +72,10 @@ def described_tile(shared: SharedMemory, descriptor: int, rows: int, across: boo
     at = start + _element_offsets(rows, mode, lead, stride, across)
     if mode:
         at = at ^ ((at >> 7 & (_ROW_BYTES[mode] // 16 - 1)) << 4)
-    return shared.load(at.astype(np.int64), 2, *(np.asarray(first_warp + i) for i in range(4)))
+    places = at.astype(np.int64)
+    if shared.races is not None:
+        shared.races.read_fenced(places.ravel(), 2, first_warp)
+    return shared.load(places, 2, *(np.asarray(first_warp + i) for i in range(4)))
 
 
 def warpgroup_product(

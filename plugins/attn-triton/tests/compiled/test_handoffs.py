@@ -1,0 +1,77 @@
+"""What orders the two roles of MLA decode on Hopper: without any one barrier or fence, the machine finds who races.
+
+racecheck of compute-sanitizer cannot tell: it does not follow an order through a barrier of some warps and an arrival
+of one of their threads (TUNING.md), which is how the roles of a Gluon kernel hand things over.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+from attn_triton.backend import TritonBackend
+from attn_triton.kernels import gluon_mla
+from chosen_steps import STEPS, ChosenStep, step_faults
+from ptx_machine import launching
+from ptx_machine.launching import MachineLaunchers
+from ptx_machine.program import Program, parse
+from ptx_machine.walking import MachineError
+
+SOURCE = Path(gluon_mla.__file__).read_text().splitlines()
+ONE = STEPS["decode MLA by the copy engine"]
+LINE = STEPS["decode MLA by the copy engine, a line"]
+#: Two programs for the 128 heads.
+HEADS = replace(ONE, heads=(128, 1))
+#: Requests that part at other places than programs do, so that a program has several pieces.
+PIECES = replace(LINE, new=(1,) * 5, cached=(130, 63, 0, 200, 64))
+
+
+def machine(multiprocessors: int = 132) -> partial[TritonBackend]:
+    launchers = MachineLaunchers("sm_90", late=True)
+    return partial(TritonBackend, chip=replace(launchers.chip, multiprocessors=multiprocessors), launchers=launchers)
+
+
+@pytest.mark.parametrize("step", [HEADS, PIECES], ids=["two programs a request", "pieces"])
+@pytest.mark.parametrize("multiprocessors", [132, 3])
+def test_roles_hand_over_in_order(step: ChosenStep, multiprocessors: int) -> None:
+    assert step_faults(step, "cpu", machine(multiprocessors)) == []
+
+
+def without(pattern: str, before: str, ptx: str) -> str:
+    """``ptx`` without what matches ``pattern`` and belongs to the last such line of source before ``before``."""
+    arrival = next(i for i, line in enumerate(SOURCE) if before in line)
+    statement = {"bar": "gl.thread_barrier()", "fence": "fence_async_shared()"}[pattern]
+    number = max(i for i in range(arrival) if statement in SOURCE[i]) + 1
+    kept, place, dropped = [], 0, 0
+    for line in ptx.splitlines():
+        located = re.match(r"\s*\.loc\s+1\s+(\d+)", line)
+        place = int(located[1]) if located else place
+        if place == number and re.match(rf"\s*{pattern}\.", line):
+            dropped += 1
+        else:
+            kept.append(line)
+    assert dropped, f"nothing of {statement} at line {number}"
+    return "\n".join(kept)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "before", "said"),
+    [
+        ("bar", "mbarrier.arrive(scaled.", r"ld\.shared.* reads what warp \d+ .* wrote"),
+        ("bar", "mbarrier.arrive(ready.", r"wgmma.* reads what warp \d+ .* wrote"),
+        ("fence", "mbarrier.arrive(ready.", r"wgmma.* gives the engines, with no fence, what warp \d+ .* stored"),
+        ("bar", "mbarrier.arrive(consumed.", r"writes what warp \d+ .* reads"),
+        ("bar", "mbarrier.arrive(ends.index(SUMMED)", r"ld\.shared.* reads what warp \d+ .* wrote"),
+    ],
+    ids=["factors", "probabilities", "proxy", "consumed", "sums"],
+)  # fmt: skip
+def test_without_one_of_them_roles_race(pattern: str, before: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def edited(ptx: str, shared: int) -> Program:
+        return parse(without(pattern, before, ptx) if "mla_kernel" in ptx else ptx, shared)
+
+    monkeypatch.setattr(launching, "parse", edited)
+    with pytest.raises(MachineError, match=said):
+        step_faults(PIECES, "cpu", machine(3))
