@@ -124,8 +124,11 @@ class Partitions:
         found = step.schedules.get(key)
         if found is None:
             sizes = [step.batch_size + 1, cut.groups + 1, cut.groups, 2 * step.batch_size]
-            room = torch.empty(sum(sizes), dtype=torch.int32, device=keys.lengths.device)
-            line, bounds, first, owners = torch.split_with_sizes(room, sizes)
+            # Each begins at 16 bytes: kernels are compiled for whether addresses do.
+            whole = [-(-size // 4) * 4 for size in sizes]
+            room = torch.empty(sum(whole), dtype=torch.int32, device=keys.lengths.device)
+            parts = torch.split_with_sizes(room, whole)
+            line, bounds, first, owners = (part[:size] for part, size in zip(parts, sizes, strict=True))
             found = step.schedules[key] = Schedule(line, bounds, first, owners)
             launcher = self._launchers.get(
                 schedule_kernel,

@@ -16,24 +16,21 @@ from attn_core.runtime.layer import AttentionLayer
 if TYPE_CHECKING:
     from attn_triton.backend import TritonBackend
 
-#: One request, few and many on any chip: kernels are chosen by how full the batch makes the chip.
-BATCH_SIZES = (1, 8, 64, 256)
+#: Kernels are chosen by how full a batch makes the chip, and the schedule's by the next power of two of its size: every
+#: small batch, and the least and the largest for each of those powers.
+BATCH_SIZES = (*range(1, 49), 64, 65, 128, 129, 256)
+#: Keys of a request: every number of pieces that a merge is compiled for, and what is long on any chip.
+KEYS = (1, 128, 256, 512, 1024, 16384, 1 << 20)
 #: Prompts of one length, and of lengths so different that row blocks are mapped.
 PROMPTS = ((128, 128), (1, 1, 1, 384))
 
 
 def warm_batches(config: AttentionConfig, page_size: int, device: torch.device) -> Iterator[ForwardBatch]:
     """Batches over the null page, nothing written: decode, verify, prompts, with and without lengths that the host
-    knows.
+    knows. They are long on the host only: on the device every request has a key or few, so that they cost nothing.
     """
     for size in BATCH_SIZES:
-        batch = _batch(ForwardMode.DECODE, (1,) * size, page_size, config, device)
-        yield batch
-        if size > 1:
-            batch.seq_lens_cpu = batch.encoder_seq_lens_cpu = None
-            yield batch
-            batch.seq_lens_cpu = torch.arange(size) * 32 + 1
-            yield batch
+        yield from _as_known(_batch(ForwardMode.DECODE, (1,) * size, page_size, config, device))
     for prompts in PROMPTS:
         batch = _batch(ForwardMode.EXTEND, prompts, page_size, config, device)
         yield batch
@@ -46,10 +43,20 @@ def warm_batches(config: AttentionConfig, page_size: int, device: torch.device) 
         if config.speculative_eagle_topk > 1:
             parents = torch.arange(-1, drafts - 1, device=device)
             batch.tree = TreeMask.from_parents(parents.repeat(size, 1))
-        yield batch
-        batch.seq_lens_cpu = batch.encoder_seq_lens_cpu = None
-        yield batch
+        yield from _as_known(batch)
         yield _batch(ForwardMode.DRAFT_EXTEND, (drafts,) * size, page_size, config, device)
+
+
+def _as_known(batch: ForwardBatch) -> Iterator[ForwardBatch]:
+    """``batch`` as requests of many lengths: alike, unlike, and unknown to the host."""
+    least, size = batch.max_seq_len, batch.batch_size
+    for keys in KEYS:
+        batch.max_seq_len = batch.max_encoder_seq_len = max(least, keys)
+        alike = torch.full((size,), batch.max_seq_len, dtype=torch.int32)
+        unlike = torch.where(torch.arange(size) == 0, batch.max_seq_len, least).to(torch.int32)
+        for lengths in (alike, unlike, None) if size > 1 else (alike,):
+            batch.seq_lens_cpu = batch.encoder_seq_lens_cpu = lengths
+            yield batch
 
 
 def layers_of(config: AttentionConfig) -> list[AttentionLayer]:
