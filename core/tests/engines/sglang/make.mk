@@ -18,3 +18,7 @@ $(SGLANG_ENV)/.ready: $(SGLANG_TESTS)/requirements.txt | $(VENV)/.plugins
 test-sglang: $(SGLANG_ENV)/.ready
 	PYTHONPATH=$(SGLANG_TESTS)/standins SGLANG_USE_CPU_ENGINE=1 HF_HUB_OFFLINE=1 \
 		$(SGLANG_ENV)/bin/python -m pytest -n 0 $(SGLANG_TESTS)
+
+.PHONY: bench-sglang
+bench-sglang: $(SGLANG_ENV)/.ready
+	PYTHONPATH=$(SGLANG_TESTS)/standins $(SGLANG_ENV)/bin/python benchmarks/engines_sglang.py --write

@@ -203,8 +203,8 @@ class SGLangBackend(AttentionBackend):  # type: ignore[misc]
 
     def _attend(self, q: Tensor, k: Any, v: Any, module: Any, save_kv_cache: bool, more: dict[str, Any]) -> Tensor:
         """q [T, Hq * D] -> [T, Hq * Dv]. Raises ConfigError for arguments whose meaning is not known."""
-        sinks = more.pop("sinks", None)
-        if unknown := sorted(name for name, value in more.items() if value is not None and value is not False):
+        sinks = more.pop("sinks", None) if more else None
+        if more and (unknown := sorted(n for n, value in more.items() if value is not None and value is not False)):
             raise ConfigError(
                 f"layer {module.layer_id} asks for attention with {unknown}", accepted="sinks",
                 hint="choose one of SGLang's own attention backends for this model",

@@ -48,6 +48,8 @@ class Steps:
         self._drafts = num_draft_tokens
         self._tree = tree
         self._verify_buffer = verify_buffer
+        #: query_start_loc of one token a request, on host and device, of the last number of requests
+        self._singles: tuple[Tensor, Tensor] | None = None
 
     def eager(self, given: Any) -> ForwardBatch:
         """The step ``given`` describes. In verify, its seq_lens leave out the draft tokens; ours count them."""
@@ -67,8 +69,7 @@ class Steps:
             starts_cpu = None if new is None else _summed(torch.tensor(new))
             query_len = max(new, default=0) if new is not None else given.out_cache_loc.shape[0]
         else:
-            query_len, starts_cpu = min(1, count), torch.arange(count + 1, dtype=torch.int32)
-            starts = starts_cpu.to(lens.device)
+            query_len, (starts_cpu, starts) = min(1, count), self._single_starts(count, lens.device)
         longest = self._max_context_len if host is None else int(host.max()) if count else 0
         tokens = given.out_cache_loc.shape[0] if starts_cpu is None else int(starts_cpu[-1])
         return ForwardBatch(
@@ -83,6 +84,12 @@ class Steps:
             query_start_loc_cpu=starts_cpu,
             tree=tree,
         )
+
+    def _single_starts(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self._singles is None or self._singles[0].shape[0] != count + 1 or self._singles[1].device != device:
+            starts = torch.arange(count + 1, dtype=torch.int32)
+            self._singles = starts, starts.to(device)
+        return self._singles
 
     def buffers(self, mode: ForwardMode, max_batch_size: int, *, fill_value: int, device: torch.device) -> StaticBatch:
         """Buffers for graphs of ``mode`` of up to ``max_batch_size`` requests."""

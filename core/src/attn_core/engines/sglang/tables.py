@@ -32,6 +32,8 @@ class PageTables:
         slots = self._first_tokens[:, :wanted].index_select(0, requests.long())
         if self._pool is not None:
             slots = self._pool.translate_loc_from_full_to_swa(slots.long())
+        if self.page_size == 1:
+            return slots.to(torch.int32)
         return torch.div(slots, self.page_size, rounding_mode="floor").to(torch.int32)
 
     def slots(self, given: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import sys
 from types import ModuleType
 from typing import Any, ClassVar
 
-MISSING = ("torchvision", "sgl_kernel", "IPython")
+MISSING = ("torchvision", "sgl_kernel", "IPython", "soundfile")
 
 
 class _Kind(type):
