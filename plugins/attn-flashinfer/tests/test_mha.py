@@ -159,6 +159,26 @@ def test_ragged(fake: FakeFlashInfer, causal: bool, dims: tuple[int, int]) -> No
     torch.testing.assert_close(out.double(), want, atol=2e-2, rtol=2e-2)
 
 
+def test_ragged_starts_of_inference_mode_are_planned_each_time(fake: FakeFlashInfer) -> None:
+    """Nobody counts what is written to such tensors, so that a plan made for them may be stale."""
+    kind = replace(KIND, ragged=True)
+    layer, backend = (
+        AttentionLayer.of_kind(kind, 1),
+        FlashInferBackend(config_of(KIND, kind), random_cache(config_of(KIND))),
+    )
+    q, k, v = inputs(KIND, 6)
+    with torch.inference_mode():
+        starts = torch.tensor([0, 4, 6]).int()
+    for middle in (4, 3):
+        with torch.inference_mode():
+            starts[1] = middle
+        out = backend.forward_ragged(
+            q, k, v, layer, query_start_loc=starts, key_start_loc=starts, max_query_len=4, max_key_len=4, causal=True
+        )
+        want, _ = reference_ragged(q, k, v, layer, query_start_loc=starts, key_start_loc=starts, causal=True)
+        torch.testing.assert_close(out.double(), want, atol=2e-2, rtol=2e-2)
+
+
 def test_a_window_on_keys_that_are_not_causal_is_refused(fake: FakeFlashInfer) -> None:
     config = config_of(KIND)
     layer = AttentionLayer.of_kind(replace(KIND, sliding_window=3, ragged=True), 1)

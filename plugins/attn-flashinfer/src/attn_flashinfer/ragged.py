@@ -57,7 +57,7 @@ class RaggedPlans:
                     q_data_type=dtype,
                     kv_data_type=dtype,
                 )
-            self._planned_for[kind] = (weakref.ref(queries), queries._version, weakref.ref(keys), keys._version)
+            self._planned_for[kind] = (weakref.ref(queries), _version(queries), weakref.ref(keys), _version(keys))
         return planned.wrapper
 
     def _is_planned_for(self, kind: object, queries: Tensor, keys: Tensor) -> bool:
@@ -65,8 +65,15 @@ class RaggedPlans:
         if found is None:
             return False
         last_queries, query_version, last_keys, key_version = found
+        if queries.is_inference() or keys.is_inference():
+            return False  # nobody counts what is written to them
         same = last_queries() is queries and last_keys() is keys  # type: ignore[operator]
-        return same and (query_version, key_version) == (queries._version, keys._version)
+        return same and (query_version, key_version) == (_version(queries), _version(keys))
+
+
+def _version(tensor: Tensor) -> int:
+    """How often ``tensor`` was written to, -1 for one of inference mode."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 class RaggedForward(AttentionBackend):
