@@ -12,10 +12,10 @@ import lzma
 from pathlib import Path
 from typing import Any
 
-from attn_wave.compiler import compile_variant, sources_hash, wave_version
+from attn_wave.compiler import compile_variant, sources, wave_version
 from attn_wave.emulator.code_object import disassemble
 from attn_wave.emulator.listing import listing_of, packed, shipped_path
-from attn_wave.variant import all_variants
+from attn_wave.join_variant import all_kernels, kernel_of
 
 PACKAGE = Path(__file__).parent.parent / "src" / "attn_wave"
 
@@ -25,10 +25,13 @@ def compile_all(arch: str, only: list[str], *, facts_alone: bool) -> None:
     folder = PACKAGE / "shipped" / arch
     folder.mkdir(parents=True, exist_ok=True)
     index = folder / "index.json"
-    versions = {"sources": sources_hash(), "wave-lang": wave_version()}
-    known = json.loads(index.read_text(encoding="utf-8")) if index.exists() else {}
-    kernels: dict[str, Any] = known.get("kernels", {}) if known.get("versions") == versions else {}
-    for variant in all_variants():
+    versions = {"sources": sources(), "wave-lang": wave_version()}
+    known = json.loads(index.read_text(encoding="utf-8")) if index.exists() else {"versions": {}}
+    before = known["versions"].get("sources", {}) if known["versions"].get("wave-lang") == wave_version() else {}
+    same = {kernel for kernel, hashed in sources().items() if before.get(kernel) == hashed}
+    current = {variant.key for variant in all_kernels() if kernel_of(variant) in same}
+    kernels: dict[str, Any] = {key: facts for key, facts in known.get("kernels", {}).items() if key in current}
+    for variant in all_kernels():
         if variant.key in kernels or (only and variant.key not in only):
             continue
         made = compile_variant(variant, arch)

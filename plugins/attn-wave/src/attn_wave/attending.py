@@ -1,25 +1,23 @@
-"""From rows of q, k and v to outputs: tables and work list of each part, the kernel, and the joining of the runs."""
+"""From rows of q, k and v to outputs: tables and work list of each part, its kernel, and that which joins the runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from attn_core.runtime.layer import AttentionLayer
 from torch import Tensor
 
-from attn_wave.joining import join
+from attn_wave.join_variant import AnyVariant, JoinVariant
+from attn_wave.joining import Once, Runs, can_take, join
 from attn_wave.runtime import Kernel, chip_of, load
 from attn_wave.shipped import code_of
 from attn_wave.step import Part, is_capturing
 from attn_wave.tables import query_rows, unit_strides
 from attn_wave.variant import WIDTHS, Variant
 from attn_wave.work import Heads, Work, work_of
-
-Once = Callable[[object, Callable[[], Any]], Any]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,10 +40,10 @@ class Kernels:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._loaded: dict[Variant, Kernel] = {}
+        self._loaded: dict[AnyVariant, Kernel] = {}
         self._factors: dict[tuple[float, float], Tensor] = {}
 
-    def get(self, variant: Variant) -> Kernel:
+    def get(self, variant: AnyVariant) -> Kernel:
         """Loaded at its first use. Raises PluginLoadError, KernelError."""
         if variant not in self._loaded:
             self._loaded[variant] = load(code_of(variant, chip_of(self._device)))
@@ -63,42 +61,48 @@ class Kernels:
 
 
 def attend(
-    kernels: Kernels, q: Tensor, keys: Keys, layer: AttentionLayer, parts: Sequence[Part], once: Once
+    kernels: Kernels,
+    q: Tensor,
+    keys: Keys,
+    layer: AttentionLayer,
+    parts: Sequence[Part],
+    once: Once,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out [T, Hq, Dv] and lse [T, Hq], both fp32, without the sink; q [T, Hq, D] with rows that can be addressed.
+    """out [T, Hq, Dv] in q's dtype and lse [T, Hq] fp32; q [T, Hq, D] with rows that can be addressed.
 
-    ``once`` keeps what layers of the same form share in a step.
+    ``once`` keeps what layers of the same form share in a step. ``out`` is filled, where one is given.
     """
     tokens, group = q.shape[0], layer.group_size
     heads = Heads(layer.num_kv_heads, group, unit_strides(q)[1] * group, keys.key_step, keys.value_step)
     variants = [_variant(q.dtype, layer, part, group) for part in parts]
     kind = (layer.cross, layer.sliding_window, group)
     works: list[Work] = once(("work", kind, heads, tuple(variants)), lambda: _works(parts, variants, heads, q))
-    runs = sum(work.runs for work in works)
+    # one at least: what saw no key gets its result from there too
+    count = max(1, sum(work.runs for work in works))
     rows = layer.num_kv_heads * tokens * group
-    if runs == 0 or rows == 0:
-        return q.new_zeros(tokens, layer.num_q_heads, layer.v_head_dim, dtype=torch.float32), q.new_full(
-            (tokens, layer.num_q_heads), float("-inf"), dtype=torch.float32
-        )
-    results = q.new_empty(runs * rows, layer.v_head_dim, dtype=torch.float32)
-    lse = q.new_full((runs * rows,), float("-inf"), dtype=torch.float32)
+    results = q.new_empty(count * rows, layer.v_head_dim, dtype=torch.float32)
+    lse = q.new_full((count * rows,), float("-inf"), dtype=torch.float32)
     q_rows = once(("query rows", group, unit_strides(q)), lambda: query_rows(q, group))
     for i, (part, variant, work) in enumerate(zip(parts, variants, works, strict=True)):
-        if not work.runs:
+        if not work.runs or not rows:
             continue
         low, high = once(("sight", kind, i), partial(part.sight.rows, group))
         tensors = {
             "q": q, "k": keys.k, "v": keys.v, "work": work.items, "query_rows": q_rows, "low": low, "high": high,
-            "key_rows": keys.key_rows, "value_rows": keys.value_rows, "factors": kernels.factors(layer),
-            "out": results, "lse": lse,
+            "key_rows": keys.key_rows, "value_rows": keys.value_rows,
         }  # fmt: skip
         sizes = [work.items.shape[0], q_rows.shape[0], keys.key_rows.shape[0]]
         if part.visible is not None:
             drafts = part.visible[:, None, :].expand(-1, group, -1)
             tensors["visible"] = once(("visible", kind), drafts.contiguous)
             sizes.append(tensors["visible"].numel())
-        kernels.get(variant).launch(tensors, sizes)
-    return join(results, lse, (runs, layer.num_kv_heads, tokens, group))
+        tensors |= {"factors": kernels.factors(layer), "results": results, "run_lse": lse}
+        kernels.get(variant).launch(tensors, sizes, (work.items.shape[0], 1))
+    into = out if out is not None and can_take(out, q) else q.new_empty(tokens, layer.num_q_heads, layer.v_head_dim)
+    joining = kernels.get(JoinVariant(layer.v_head_dim, str(q.dtype).removeprefix("torch.")))
+    found, whole = join(joining, Runs(results, lse, count, tokens, layer.num_kv_heads, group), layer, into, once)
+    return (found if out is None or found is out else out.copy_(found)), whole
 
 
 def _works(parts: Sequence[Part], variants: Sequence[Variant], heads: Heads, q: Tensor) -> list[Work]:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from attn_wave.attending import Kernels, Keys, attend
 from attn_wave.graphs import GraphBuffers
-from attn_wave.joining import add_sink
 from attn_wave.limits import check_layer, needed_variants, refusals
 from attn_wave.runtime import chip_of
 from attn_wave.shipped import code_of
@@ -90,7 +89,8 @@ class WaveBackend(AttentionBackend):
             self._save(k, v, layer, step.batch)
         parts = step.once(("parts", layer.cross, layer.sliding_window), lambda: parts_of(step, layer))
         keys = self._paged_keys(step, layer)
-        return _finish(attend(self.kernels, _readable(q), keys, layer, parts, step.once), layer, q, return_lse, out)
+        found = attend(self.kernels, _readable(q), keys, layer, parts, step.once, out)
+        return found if return_lse else found[0]
 
     #: A decode is a step whose requests have one query each; the work list is all that differs.
     forward_decode = forward_extend
@@ -125,8 +125,9 @@ class WaveBackend(AttentionBackend):
             layer,
             [part],
             _each_time,
+            out,
         )
-        return _finish(found, layer, q, return_lse, out)
+        return found if return_lse else found[0]
 
     def _buffers(self) -> GraphBuffers:
         if self._graphs is None:
@@ -165,13 +166,3 @@ def _each_time(key: object, make: Callable[[], object]) -> object:
 def _readable(tensor: Tensor) -> Tensor:
     """As it is where its rows can be addressed, else a copy."""
     return tensor if in_units(tensor) else tensor.contiguous().clone()
-
-
-def _finish(
-    found: tuple[Tensor, Tensor], layer: AttentionLayer, q: Tensor, return_lse: bool, out: Tensor | None
-) -> Result:
-    values, lse = found
-    if layer.sinks is not None:
-        values, lse = add_sink(values, lse, layer.sinks)
-    result = values.to(q.dtype) if out is None else out.copy_(values)
-    return (result, lse) if return_lse else result

@@ -13,11 +13,14 @@ from typing import Any, Final
 
 from attn_core.errors import KernelError, PluginLoadError
 
-from attn_wave.variant import Variant
+from attn_wave.join_variant import AnyVariant, JoinVariant
 
 #: The version that kernels are written for and proved with.
 WAVE_VERSION: Final = "3.9.1"
-_SOURCES: Final = ("kernels/attend.py", "kernels/build.py", "variant.py")
+_SOURCES: Final = {
+    "attend": ("kernels/attend.py", "kernels/build.py", "variant.py"),
+    "join": ("kernels/join.py", "kernels/build_join.py", "kernels/build.py", "join_variant.py", "variant.py"),
+}
 _COUNTS: Final = {
     "vgprs": "vgpr_count", "agprs": "agpr_count", "sgprs": "sgpr_count", "lds": "group_segment_fixed_size",
     "spilled_vgprs": "vgpr_spill_count",
@@ -42,9 +45,14 @@ def sha256(blob: bytes) -> str:
     return hashlib.sha256(blob).hexdigest()
 
 
-def sources_hash() -> str:
-    """Of everything that a kernel is compiled from, Wave's own version aside."""
-    return sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in _SOURCES))[:16]
+def sources_hash(kernel: str) -> str:
+    """Of everything that ``attend`` or ``join`` is compiled from, Wave's own version aside."""
+    return sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in _SOURCES[kernel]))[:16]
+
+
+def sources() -> dict[str, str]:
+    """The hash of each."""
+    return {kernel: sources_hash(kernel) for kernel in _SOURCES}
 
 
 def wave_version() -> str | None:
@@ -55,20 +63,18 @@ def wave_version() -> str | None:
         return None
 
 
-def compile_variant(variant: Variant, arch: str) -> Compiled:
-    """Compile for ``arch``; 5 to 60 seconds. Raises PluginLoadError without wave-lang, KernelError if Wave fails."""
+def compile_variant(variant: AnyVariant, arch: str) -> Compiled:
+    """Compile for ``arch``; 1 to 60 seconds. Raises PluginLoadError without wave-lang, KernelError if Wave fails."""
     if wave_version() is None:
         raise PluginLoadError(
             f"kernel {variant.key} for {arch} is not compiled, and wave-lang is not here",
             accepted=f"wave-lang {WAVE_VERSION}, or a kernel that attn-wave ships",
             hint="pip install 'attn-wave[kernels]'",
         )
-    from attn_wave.kernels.build import build
-
     with tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()
         try:
-            launch = build(variant, arch, folder)
+            launch = _build(variant, arch, folder)
         except Exception as error:
             raise KernelError(f"Wave cannot compile {variant} for {arch}: {error}") from error
         seconds = time.monotonic() - began
@@ -79,6 +85,16 @@ def compile_variant(variant: Variant, arch: str) -> Compiled:
     facts = {"compile_seconds": round(seconds, 1), "matrix_instructions": matrix, **counts}
     x, y, z = launch.blocks
     return Compiled(blob, launch.func_name, (x, y, z), facts)
+
+
+def _build(variant: AnyVariant, arch: str, folder: str) -> Any:
+    if isinstance(variant, JoinVariant):
+        from attn_wave.kernels.build_join import build_join
+
+        return build_join(variant, arch, folder)
+    from attn_wave.kernels.build import build
+
+    return build(variant, arch, folder)
 
 
 def _stated(assembly: str, key: str) -> int:

@@ -1,38 +1,88 @@
-"""From the partial results of runs to outputs: joined by their log-sum-exp, the sink added, rows in order."""
+"""The second phase: from the partial results of runs to outputs, joined by their log-sum-exp, sinks and all."""
 
 from __future__ import annotations
 
-import math
-from typing import Final
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
 
 import torch
+from attn_core.runtime.layer import AttentionLayer
 from torch import Tensor
 
-#: Log-sum-exps below this are of rows that saw no key (`MASKED` of the kernel, in natural logarithms, and some room).
-_SAW_NOTHING: Final = -5e5
+from attn_wave.runtime import Kernel
+from attn_wave.variant import LOG2_E, UNIT
+
+Once = Callable[[object, Callable[[], Any]], Any]
+#: Workgroups that a grid may have in its second dimension.
+MOST_ROWS: Final = 65535
 
 
-def join(partial: Tensor, lse: Tensor, shape: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
-    """partial [runs * rows, Dv] fp32, lse [runs * rows] of base 2 -> out [T, Hq, Dv], lse [T, Hq] natural, both fp32.
+@dataclass(frozen=True, slots=True, eq=False)
+class Runs:
+    """What the first phase left: ``results`` [runs * rows, Dv] and ``lse`` [runs * rows] of base 2, both fp32.
 
-    ``shape`` is (runs, Hkv, T, G). A row without keys has out 0 and lse -inf. Runs that were not computed have lse
-    -inf, and whatever their partial result holds counts for nothing.
+    Rows are [Hkv, T, G]. Runs that were not computed have an lse of minus infinity.
     """
-    runs, kv_heads, tokens, group = shape
-    natural = lse.view(runs, -1) * math.log(2)
-    natural = natural.masked_fill(natural < _SAW_NOTHING, float("-inf"))
-    values = partial.view(runs, natural.shape[1], -1)
-    top = natural.amax(0).clamp(min=_SAW_NOTHING)
-    weight = torch.exp(natural - top)
-    total = weight.sum(0)
-    joined = torch.where(weight[..., None] > 0, values * weight[..., None], 0.0).sum(0)
-    joined = joined / total.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-    whole = torch.where(total > 0, top + torch.log(total), float("-inf"))
-    out = joined.view(kv_heads, tokens, group, -1).transpose(0, 1).flatten(1, 2)
-    return out, whole.view(kv_heads, tokens, group).transpose(0, 1).flatten(1, 2)
+
+    results: Tensor
+    lse: Tensor
+    count: int
+    tokens: int
+    kv_heads: int
+    group: int
+
+    @property
+    def rows(self) -> int:
+        """Of one run."""
+        return self.kv_heads * self.tokens * self.group
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the rows."""
+        return self.kv_heads, self.tokens, self.group
 
 
-def add_sink(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """One more logit ``sinks`` [Hq] in the denominator: e^lse / (e^lse + e^sink) = sigmoid(lse - sink)."""
-    sink = sinks.float()
-    return out * torch.sigmoid(lse - sink)[..., None], torch.logaddexp(lse, sink)
+def join(kernel: Kernel, runs: Runs, layer: AttentionLayer, into: Tensor, once: Once) -> tuple[Tensor, Tensor]:
+    """Fills ``into`` [T, Hq, Dv], whose rows lie one after the other, and gives it and lse [T, Hq] fp32, natural.
+
+    A row without keys has out 0, and lse minus infinity or its sink. ``once`` keeps what layers share in a step.
+    """
+    places = once(("places", runs.shape), lambda: _places(runs, into.device))
+    sinks = _sinks(runs, layer.sinks, into.device, once)
+    lse = into.new_empty(runs.tokens, layer.num_q_heads, dtype=torch.float32)
+    for first in range(0, runs.rows, MOST_ROWS):
+        tensors = {
+            "results": runs.results[first:], "run_lse": runs.lse[first:], "places": places[first:],
+            "sinks": sinks[first:], "out": into, "lse": lse,
+        }  # fmt: skip
+        kernel.launch(tensors, [runs.count, runs.rows], (1, min(MOST_ROWS, runs.rows - first)))
+    return into, lse
+
+
+def can_take(out: Tensor | None, like: Tensor) -> bool:
+    """Whether the kernel can leave its result in ``out``: rows one after the other, from a multiple of 16 bytes on."""
+    return (
+        out is not None
+        and out.dtype == like.dtype
+        and out.is_contiguous()
+        and out.data_ptr() % (UNIT * out.element_size()) == 0
+    )
+
+
+def _places(runs: Runs, device: torch.device) -> Tensor:
+    """[rows] int32: the row of [T, Hq] that each row of [Hkv, T, G] is."""
+    kv_heads, tokens, group = runs.shape
+    token = torch.arange(tokens, dtype=torch.int32, device=device) * (kv_heads * group)
+    head = torch.arange(kv_heads * group, dtype=torch.int32, device=device).view(kv_heads, 1, group)
+    return (head + token[:, None]).flatten()
+
+
+def _sinks(runs: Runs, sinks: Tensor | None, device: torch.device, once: Once) -> Tensor:
+    """[rows] fp32 of base 2, minus infinity where there is none."""
+    if sinks is None:
+        lowest = partial(torch.full, (runs.rows,), float("-inf"), dtype=torch.float32, device=device)
+        none: Tensor = once(("no sinks", runs.rows), lowest)
+        return none
+    return (sinks.float() * LOG2_E).view(runs.kv_heads, 1, runs.group).expand(runs.shape).flatten()

@@ -11,6 +11,7 @@ from attn_core.planning.reasons import Reason, reason
 from attn_core.runtime.layer import AttentionLayer
 
 from attn_wave.compiler import WAVE_VERSION, wave_version
+from attn_wave.join_variant import AnyVariant, JoinVariant
 from attn_wave.shipped import ARCHITECTURES, is_current
 from attn_wave.variant import DTYPES, GIVEN_ONLY, WIDTHS, Variant
 
@@ -40,13 +41,13 @@ def check_layer(layer: AttentionLayer, dtype: torch.dtype, cache_dtype: torch.dt
         raise ConfigError(f"layer {layer.layer_id}: a window on a cross layer", accepted="cross layers without one")
 
 
-def needed_variants(config: AttentionConfig) -> Iterator[Variant]:
+def needed_variants(config: AttentionConfig) -> Iterator[AnyVariant]:
     """Every kernel that a step of ``config`` may call."""
     for kind in dict.fromkeys(config.layers):
         yield from _variants_of(kind, config)
 
 
-def _variants_of(kind: LayerKind, config: AttentionConfig) -> Iterator[Variant]:
+def _variants_of(kind: LayerKind, config: AttentionConfig) -> Iterator[AnyVariant]:
     widths = kind.qk_head_dim, kind.v_head_dim
     if widths not in WIDTHS:
         raise ConfigError(f"heads of {widths[0]}/{widths[1]}", given=widths, accepted=map(str, WIDTHS))
@@ -55,3 +56,4 @@ def _variants_of(kind: LayerKind, config: AttentionConfig) -> Iterator[Variant]:
         yield Variant(*widths, config.dtype, rows, kind.softcap > 0)
     if tree:
         yield Variant(*widths, config.dtype, WIDTHS[widths][0], kind.softcap > 0, True)
+    yield JoinVariant(widths[1], config.dtype)

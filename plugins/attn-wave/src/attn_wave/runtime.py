@@ -18,11 +18,8 @@ from torch import Tensor
 from attn_wave.compiler import Compiled
 from attn_wave.shipped import ARCHITECTURES
 
-#: What a kernel is given, in its order; a tree's mask stands before the factors.
-NAMES: Final = (
-    "q", "k", "v", "work", "query_rows", "low", "high", "key_rows", "value_rows", "visible", "factors", "out", "lse",
-)  # fmt: skip
-WRITTEN: Final = ("out", "lse")
+#: What a kernel may write of what it is given.
+WRITTEN: Final = ("results", "run_lse", "out", "lse")
 #: What is found through tables, with any strides; all else is read as it lies.
 STRIDED: Final = ("q", "k", "v")
 
@@ -40,20 +37,18 @@ class Kernel:
     binary: Any
     function: Any
 
-    def launch(self, tensors: dict[str, Tensor], sizes: Sequence[int]) -> None:
-        """Run one workgroup for each row of ``tensors["work"]``; ``sizes`` are those of the kernel's symbols.
+    def launch(self, tensors: dict[str, Tensor], sizes: Sequence[int], grid: tuple[int, int]) -> None:
+        """Run a grid of workgroups on ``tensors``, in the order of the kernel; ``sizes`` are those of its symbols.
 
         Tensors are passed by address: what is not contiguous is found through the tables.
         """
-        given = {name: tensors[name] for name in NAMES if name in tensors}
-        assert all(t.is_contiguous() for name, t in given.items() if name not in STRIDED), "a table with strides"
+        assert all(t.is_contiguous() for name, t in tensors.items() if name not in STRIDED), "a table with strides"
         stream = 0 if self.runtime is emulated else torch.cuda.current_stream().cuda_stream
-        workgroups = tensors["work"].shape[0]
         # LDS is in the code object; the size here would be added to it
-        info = self.runtime.KernelLaunchInfo(stream, self.function, 0, workgroups, 1, 1, *self.code.block, 0, 0, 0)
-        addresses = self.runtime.Int64Vector([tensor.data_ptr() for tensor in given.values()])
+        info = self.runtime.KernelLaunchInfo(stream, self.function, 0, *grid, 1, *self.code.block, 0, 0, 0)
+        addresses = self.runtime.Int64Vector([tensor.data_ptr() for tensor in tensors.values()])
         if self.runtime is emulated:
-            emulated.lend(given, WRITTEN)
+            emulated.lend(tensors, WRITTEN)
         with _hip_errors(self.code.name):
             self.runtime.launch(info, addresses, self.runtime.Int64Vector(list(sizes)), [])
 

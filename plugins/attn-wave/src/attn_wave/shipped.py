@@ -11,14 +11,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
-from attn_wave.compiler import WAVE_VERSION, Compiled, compile_variant, sha256, sources_hash, wave_version
-from attn_wave.variant import Variant
+from attn_wave.compiler import WAVE_VERSION, Compiled, compile_variant, sha256, sources, sources_hash, wave_version
+from attn_wave.join_variant import AnyVariant, kernel_of
 
 ARCHITECTURES: Final = ("gfx942", "gfx950")
 
 
 @cache
-def code_of(variant: Variant, arch: str) -> Compiled:
+def code_of(variant: AnyVariant, arch: str) -> Compiled:
     """The code object of ``variant``, compiled only where neither this package nor the cache has it.
 
     Raises PluginLoadError if it must be compiled and wave-lang is missing, KernelError if that fails.
@@ -38,10 +38,10 @@ def index(arch: str) -> dict[str, Any]:
 
 def is_current(arch: str) -> bool:
     """Whether what is shipped was compiled from these sources."""
-    return bool(index(arch)["versions"] == {"sources": sources_hash(), "wave-lang": WAVE_VERSION})
+    return bool(index(arch)["versions"] == {"sources": sources(), "wave-lang": WAVE_VERSION})
 
 
-def shipped(variant: Variant, arch: str) -> Compiled | None:
+def shipped(variant: AnyVariant, arch: str) -> Compiled | None:
     """The code object that this package ships, None if there is none or it is of other sources."""
     record = index(arch)["kernels"].get(variant.key)
     path = files("attn_wave") / "shipped" / arch / f"{variant.key}.hsaco.xz"
@@ -50,15 +50,15 @@ def shipped(variant: Variant, arch: str) -> Compiled | None:
     return _loaded(record, lzma.decompress(path.read_bytes()))
 
 
-def cache_folder(arch: str) -> Path:
+def cache_folder(kernel: str, arch: str) -> Path:
     """Where this machine keeps what it compiled: by sources, Wave's version and chip, below ATTN_CACHE_DIR."""
     base = os.environ.get("ATTN_CACHE_DIR")
     home = Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "attn"
-    return home / "wave" / f"{sources_hash()}-{wave_version()}" / arch
+    return home / "wave" / f"{sources_hash(kernel)}-{wave_version()}" / arch
 
 
-def _cached(variant: Variant, arch: str) -> Compiled | None:
-    record = cache_folder(arch) / f"{variant.key}.json"
+def _cached(variant: AnyVariant, arch: str) -> Compiled | None:
+    record = cache_folder(kernel_of(variant), arch) / f"{variant.key}.json"
     blob = record.with_suffix(".hsaco")
     if not (record.is_file() and blob.is_file()):
         return None
@@ -68,9 +68,9 @@ def _cached(variant: Variant, arch: str) -> Compiled | None:
         return None
 
 
-def _compile(variant: Variant, arch: str) -> Compiled:
+def _compile(variant: AnyVariant, arch: str) -> Compiled:
     made = compile_variant(variant, arch)
-    folder = cache_folder(arch)
+    folder = cache_folder(kernel_of(variant), arch)
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / f"{variant.key}.hsaco", made.blob)
     _replace(folder / f"{variant.key}.json", json.dumps(made.record()).encode())

@@ -65,7 +65,8 @@ def _softcap_halved(patch: Patch) -> None:
 
 
 def _sink_forgotten(patch: Patch) -> None:
-    patch.setattr(backend, "add_sink", lambda out, lse, sinks: (out, lse))
+    right = joining._sinks
+    patch.setattr(joining, "_sinks", lambda runs, sinks, *rest: right(runs, None, *rest))
 
 
 def _lse_left_in_base_2(patch: Patch) -> None:
@@ -76,6 +77,15 @@ def _lse_left_in_base_2(patch: Patch) -> None:
         return out, lse / math.log(2)
 
     patch.setattr(attending, "join", wrong)
+
+
+def _rows_of_the_output_by_kv_head(patch: Patch) -> None:
+    patch.setattr(joining, "_places", lambda runs, device: torch.arange(runs.rows, dtype=torch.int32))
+
+
+def _last_run_not_joined(patch: Patch) -> None:
+    right = joining.Runs
+    patch.setattr(attending, "Runs", lambda results, lse, count, *rest: right(results, lse, max(1, count - 1), *rest))
 
 
 def _last_run_left_out(patch: Patch) -> None:
@@ -174,6 +184,8 @@ FAULTS: dict[Callable[[Patch], None], tuple[str, int]] = {
     _sink_forgotten: ("sinks", 4),
     _lse_left_in_base_2: ("lse", 4),
     _last_run_left_out: ("decode/", 4),
+    _last_run_not_joined: ("tree", 4),
+    _rows_of_the_output_by_kv_head: ("batch=", 4),
     _page_table_of_the_first_request: ("batch=", 4),
     _values_of_the_key_before: ("decode/", 4),
     _values_of_the_first_head: ("decode/", 4),

@@ -29,7 +29,7 @@ MATRIX = [
 ]
 CASES: list[tuple[str, Mapping[str, Any]]] = [
     *((text, given) for text, given, _ in ARITHMETIC),
-    *((text, {"v0": 16 * LANE, "v1": WRITABLE >> 32, **WORDS}) for text in STORES),
+    *((text, {"v0": 16 * LANE, "v1": WRITABLE >> 32, "s[4:5]": WRITABLE, **WORDS}) for text in STORES),
     *((text, {"v0": 16 * (LANE % 32), **WORDS}) for text in LDS_STORES),
     *((text, NUMBERS) for text in MATRIX),
     ("v_readlane_b32 s0, v1, s2", {"v1": 3 * LANE, "s2": 40}),

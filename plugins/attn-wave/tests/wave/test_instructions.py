@@ -77,6 +77,10 @@ SCALAR: list[Case] = [
     # the operand and not the mask, and the old mask goes where the operand was
     ("s_andn2_saveexec_b64 s[2:3], s[2:3]", {"exec": ODD, "s[2:3]": ALL}, {"s[2:3]": ODD, "exec": ALL - ODD}),
     ("s_cmp_ge_i32 s0, s1", {"s0": LOW32, "s1": 0}, {"scc": 0}),
+    ("s_cmp_eq_u64 s[0:1], 0", {"s[0:1]": 1 << 40}, {"scc": 0}),
+    ("s_cmp_eq_u64 s[0:1], s[2:3]", {"s[0:1]": 7 << 40, "s[2:3]": 7 << 40}, {"scc": 1}),
+    ("s_cmp_lg_u64 s[0:1], 0", {"s[0:1]": 1 << 40}, {"scc": 1}),
+    ("s_cmp_lg_u64 s[0:1], 0", {"s[0:1]": 0}, {"scc": 0}),
     ("s_cmp_ge_i32 s0, s1", {"s0": 2, "s1": 2}, {"scc": 1}),
     ("s_cmp_lt_i32 s0, 1", {"s0": LOW32}, {"scc": 1}),
     ("s_cmp_lg_u32 s0, 0", {"s0": 0}, {"scc": 0}),
@@ -171,6 +175,8 @@ COMPARE: list[Case] = [
      {"vcc": 0x1111111111111111}),
     ("v_cmp_ngt_f32_e32 vcc, s1, v1", {"s1": f32(1.0), "v1": f32(*[0.5, 1.0, 2.0, NAN] * 16)},
      {"vcc": 0xEEEEEEEEEEEEEEEE}),
+    ("v_cmp_lt_f32_e32 vcc, s1, v1", {"s1": f32(1.0), "v1": f32(*[0.5, 1.0, 2.0, NAN] * 16)},
+     {"vcc": 0x4444444444444444}),
     ("v_cmp_nlt_f32_e64 s[2:3], |v1|, s1", {"s1": f32(1.0), "v1": f32(*[-0.5, -1.0, -2.0, NAN] * 16)},
      {"s[2:3]": 0xEEEEEEEEEEEEEEEE}),
     ("v_cmp_o_f32_e32 vcc, v1, v1", {"v1": f32(*[0.0, INF, NAN, -1.0] * 16)}, {"vcc": 0xBBBBBBBBBBBBBBBB}),
@@ -264,12 +270,13 @@ def test_it_computes_what_the_manual_says(text: str, given: Mapping[str, Any], e
 
 
 def stored(text: str, registers: Mapping[str, Any], count: int) -> bytes:
-    wave = run(text, {"v0": 16 * LANE, "v1": WRITABLE >> 32, **registers})
+    wave = run(text, {"v0": 16 * LANE, "v1": WRITABLE >> 32, "s[4:5]": WRITABLE, **registers})
     return wave.memory.find(WRITABLE, 1, "a test").data[:count].tobytes()
 
 
 STORES = {
     "global_store_dword v[0:1], v2, off": 4,
+    "global_store_dwordx2 v0, v[2:3], s[4:5]": 8,
     "global_store_dwordx4 v[0:1], v[2:5], off": 16,
 }
 
@@ -282,6 +289,14 @@ def test_a_store_writes_the_active_lanes_alone(text: str) -> None:
     np.testing.assert_array_equal(got[1::2, :words], (LANE[1::2, None] + 1000 * np.arange(words)))
     assert not got[::2].any()
     assert not got[:, words:].any()
+
+
+def test_a_short_store_leaves_its_neighbour() -> None:
+    got = np.frombuffer(
+        stored("global_store_short v0, v2, s[4:5] offset:2", {"v2": 0x77770000 + LANE}, 1024), np.uint16
+    )
+    np.testing.assert_array_equal(got[1::8], LANE)
+    assert not np.delete(got.reshape(64, 8), 1, axis=1).any()
 
 
 LDS_STORES: dict[str, list[int]] = {
@@ -388,7 +403,7 @@ def names_with_a_test() -> set[str]:
         "s_nop", "s_waitcnt", "v_div_scale_f32", "v_div_fmas_f32", "v_div_fixup_f32",
         # test_matrix.py, test_launch.py
         "v_mfma_f32_16x16x16_f16", "v_mfma_f32_16x16x16_bf16", "v_mfma_f32_32x32x8_f16", "s_barrier", "s_endpgm",
-        "ds_write_b16",
+        "ds_write_b16", "global_store_short",
     }  # fmt: skip
     return elsewhere | {parse(text).base for text in [*(c[0] for c in ARITHMETIC), *STORES, *LDS_STORES]}
 

@@ -19,9 +19,10 @@ from attn_core.runtime.layer import AttentionLayer
 from attn_wave import limits, runtime
 from attn_wave.backend import WaveBackend
 from attn_wave.emulator.device import Gfx942
+from attn_wave.join_variant import JoinVariant, all_kernels
 from attn_wave.limits import check_layer, needed_variants, refusals
 from attn_wave.tables import check_pool
-from attn_wave.variant import Variant, all_variants
+from attn_wave.variant import Variant
 
 from .small import PAGE, config_of
 
@@ -229,8 +230,9 @@ def test_graphs_keep_to_what_was_captured(built: WaveBackend) -> None:
 def test_everything_a_model_needs_is_shipped(preset: str) -> None:
     config = AttentionConfig.preset(preset, speculative_num_draft_tokens=8, speculative_eagle_topk=4)
     needed = set(needed_variants(config))
-    assert needed <= set(all_variants())
-    assert any(variant.tree for variant in needed)
+    assert needed <= set(all_kernels())
+    assert any(isinstance(variant, Variant) and variant.tree for variant in needed)
+    assert any(isinstance(variant, JoinVariant) for variant in needed)
 
 
 def test_a_model_whose_heads_have_no_kernel_is_refused_in_warmup() -> None:
@@ -252,6 +254,6 @@ def test_warmup_takes_what_is_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_variants_are_named_apart() -> None:
-    keys = [variant.key for variant in all_variants()]
-    assert len(keys) == len(set(keys)) == 52
+    keys = [variant.key for variant in all_kernels()]
+    assert len(keys) == len(set(keys)) == 60
     assert Variant(64, 64, "float16", 16, softcap=True, tree=True).key == "64x64-float16-16-softcap-tree"

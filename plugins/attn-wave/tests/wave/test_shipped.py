@@ -56,7 +56,7 @@ def test_each_chip_has_its_own(compiled: list[str]) -> None:
 @pytest.mark.parametrize("what", ["wave_version", "sources_hash"])
 def test_another_version_compiles_anew(what: str, compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     code()
-    monkeypatch.setattr(shipped, what, lambda: "other")
+    monkeypatch.setattr(shipped, what, lambda *asked: "other")
     assert code().blob == b"code 2"
 
 
@@ -80,16 +80,16 @@ def test_a_shipped_file_that_is_not_what_was_proved_is_not_taken(
 
 
 def test_shipped_files_of_other_sources_are_not_taken(compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shipped, "sources_hash", lambda: "other")
+    monkeypatch.setattr(shipped, "sources", lambda: {"attend": "other"})
     assert code(Variant(64, 64, "float16", 16)).blob == b"code 1"
 
 
 def test_the_folder_is_that_of_the_core_or_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATTN_CACHE_DIR", str(tmp_path))
-    assert shipped.cache_folder(ARCH).is_relative_to(tmp_path / "wave")
+    assert shipped.cache_folder("attend", ARCH).is_relative_to(tmp_path / "wave")
     monkeypatch.delenv("ATTN_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert shipped.cache_folder(ARCH).is_relative_to(tmp_path / "xdg" / "attn")
+    assert shipped.cache_folder("attend", ARCH).is_relative_to(tmp_path / "xdg" / "attn")
 
 
 def test_without_the_compiler_it_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
