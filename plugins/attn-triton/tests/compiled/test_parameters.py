@@ -42,12 +42,14 @@ def test_a_step_gets_what_was_measured_to_be_best(lengths: list[int], tile: tupl
 @pytest.mark.parametrize(
     ("lengths", "tile"),
     [
+        ([8192], (128, 4, 1, True)),
+        ([4096] * 16, (128, 4, 1, True)),
         ([65536] * 8, (32, 1, 8, True)),
         ([4096] * 64, (32, 1, 8, True)),
         ([2048] * 128, (32, 1, 8, True)),
         ([128, 32768] * 32, (32, 1, 8, True)),
     ],
-    ids=["few and long", "many", "many and short", "mixed"],
+    ids=["one", "few", "few and long", "many", "many and short", "mixed"],
 )  # fmt: skip
 @pytest.mark.parametrize("taken", [True, False], ids=["Gluon's kernel", "the plain one"])
 def test_a_step_over_fp8_gets_what_was_measured_to_be_best(

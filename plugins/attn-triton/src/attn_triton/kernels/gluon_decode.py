@@ -133,6 +133,8 @@ def gluon_decode_kernel(
     """
     if PDL:
         dependence("griddepcontrol.wait; // $0")
+    if PDL == 2:
+        dependence("griddepcontrol.launch_dependents; // $0")
     BN: gl.constexpr = W * N
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[W, 1, 1], instr_shape=[1, 16, 8])
     flat: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [W, 1], [1, 0])
@@ -204,5 +206,5 @@ def gluon_decode_kernel(
         pos = stop
         if not FIXED:
             b += 1
-    if PDL:
+    if PDL == 1:
         dependence("griddepcontrol.launch_dependents; // $0")
