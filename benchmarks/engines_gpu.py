@@ -1,6 +1,6 @@
 """Our backends inside transformers on a GPU: logits and tokens beside eager attention's, and times of decode steps.
 
-    python benchmarks/engines_gpu.py all --out FOLDER [--seconds 30]           the checks side by side, then the times
+    python benchmarks/engines_gpu.py all --out FOLDER [--seconds 30]           the times, then the checks side by side
     python benchmarks/engines_gpu.py checks NAME... --out FOLDER [--dtype D]   of these implementations, in this process
     python benchmarks/engines_gpu.py times NAME... --out FOLDER
 
@@ -70,6 +70,8 @@ MID = {
 IMPLEMENTATIONS = ("attn", "attn-triton", "attn-fa3", "attn-flashinfer", "attn-torch_native")
 #: that run latents only
 LATENT_ONLY = ("attn-flashmla", "attn-flashinfer_mla")
+#: whose kernels are compiled as they are met: in how many processes their checks run
+COMPILED = {"attn": 3, "attn-triton": 3}
 TOLERANCE, DRAFTS, NEW = 1e-4, 4, 16
 #: tokens of a prompt, more of it, a chain of guesses, single ones
 STEPS = (33, 9, DRAFTS, 1, 1, 1, 1)
@@ -230,10 +232,11 @@ def checks(implementation: str, dtype: torch.dtype) -> Iterator[tuple[str, Calla
         yield f"logits of {name}", functools.partial(compared, name, implementation, dtype)
 
 
-def run_checks(implementation: str, dtype: str, out: Path, seconds: float) -> None:
+def run_checks(implementation: str, dtype: str, out: Path, seconds: float, part: tuple[int, int]) -> None:
+    """Every ``part[1]``-th check from ``part[0]`` on."""
     begun, rows = time.monotonic(), []
-    path = out / f"checks-{implementation}-{dtype}.json"
-    for what, check in checks(implementation, getattr(torch, dtype)):
+    path = out / f"checks-{implementation}-{dtype}-{part[0]}.json"
+    for what, check in itertools.islice(checks(implementation, getattr(torch, dtype)), part[0], None, part[1]):
         label: dict[str, Any] = {"implementation": implementation, "dtype": dtype, "check": what}
         if time.monotonic() - begun > seconds:
             rows.append({**label, "not_run": "out of time"})
@@ -316,20 +319,22 @@ def run_times(implementations: list[str], out: Path) -> None:
 
 
 def run_all(out: Path, seconds: float) -> None:
-    """Checks side by side, a process for each implementation and dtype; then the times, alone; then one file of it."""
+    """The times, alone; then the checks side by side, in processes of their own; then one file of it."""
     me = [sys.executable, __file__]
     more = ["--out", str(out), "--seconds", str(seconds)]
+    subprocess.run([*me, "times", "sdpa", "flash_attention_3", *IMPLEMENTATIONS, "--out", str(out)], check=False)
+    report(out)
     running = [
-        subprocess.Popen([*me, "checks", name, "--dtype", dtype, *more])
+        subprocess.Popen([*me, "checks", name, "--dtype", dtype, "--part", f"{part}/{COMPILED.get(name, 1)}", *more])
         for name in (*IMPLEMENTATIONS, *LATENT_ONLY)
         for dtype in DTYPES
+        for part in range(COMPILED.get(name, 1))
     ]
     for process in running:
         try:
             process.wait(timeout=seconds + 20)
         except subprocess.TimeoutExpired:
             process.kill()
-    subprocess.run([*me, "times", "sdpa", "flash_attention_3", *IMPLEMENTATIONS, "--out", str(out)], check=False)
     report(out)
 
 
@@ -356,6 +361,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=list(IMPLEMENTATIONS))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="of the checks [both]")
+    parser.add_argument("--part", default="0/1", help="I/N: every N-th check, from the I-th on")
     parser.add_argument("--seconds", type=float, default=30)
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
@@ -365,7 +371,8 @@ def main() -> None:
         run_all(given.out, given.seconds)
     elif given.what == "checks":
         for name, dtype in itertools.product(given.names, given.dtype or DTYPES):
-            run_checks(name, dtype, given.out, given.seconds)
+            first, step = map(int, given.part.split("/"))
+            run_checks(name, dtype, given.out, given.seconds, (first, step))
     elif given.what == "times":
         run_times(given.names, given.out)
     else:
