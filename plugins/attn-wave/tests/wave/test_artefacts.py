@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import lzma
+import runpy
 import tomllib
 from hashlib import sha256
+from pathlib import Path
 
 import pytest
 from attn_wave import shipped
@@ -129,3 +131,12 @@ def test_without_a_disassembler_shipped_code_runs_and_other_code_is_refused(monk
     assert CodeObject.parse(blob).instructions
     with pytest.raises(code_object.PluginLoadError, match="no disassembler for gfx942"):
         tuple(CodeObject.parse(blob + b"\0").instructions)
+
+
+def test_the_published_table_is_of_these_facts() -> None:
+    """After a change of a kernel: plugins/attn-wave/tools/report_kernels.py."""
+    made = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "report_kernels.py"))
+    if not made["DOCUMENT"].parent.is_dir():
+        pytest.skip("the documentation is not beside this distribution")
+    assert made["DOCUMENT"].read_text(encoding="utf-8") == made["report"]()
+    assert "silicon: never run" in made["report"]()
