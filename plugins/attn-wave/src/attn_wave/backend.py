@@ -1,4 +1,4 @@
-"""WaveBackend: the protocol, over one kernel of our own."""
+"""WaveBackend: the protocol, over two kernels of our own."""
 
 from __future__ import annotations
 
