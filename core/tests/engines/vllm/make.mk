@@ -26,4 +26,4 @@ test-vllm: $(VLLM_ENV)/.ready
 	$(VLLM_ENV)/bin/python -m pytest -n 2 --dist loadfile -p no:warnings $(VLLM_TESTS)
 
 bench-vllm: $(VLLM_ENV)/.ready
-	$(VLLM_ENV)/bin/python benchmarks/engines_vllm.py
+	$(VLLM_ENV)/bin/python benchmarks/engines_vllm.py --write
