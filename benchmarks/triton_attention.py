@@ -65,8 +65,7 @@ VARIANTS: Final[dict[str, Mapping[str, Any]]] = {
     "d64w4s4x2": {"cut": "stream", **decode(64, 4, 4, 2)},
     "plain": {"gluon": False},
     "m32w8s3": {"gluon": False, **decode(32, 8, 3, 1)},
-    "stay": {"stay": True},
-    "stay near": {"stay": True, "near": 4},
+    "by head": {"near": 1},
     "e128x128w8s3l": {"gluon": False, **extend(128, 128, 8, 3, by_head=False)},
     "e128x64w8s3": {"gluon": False, **extend(128, 64, 8, 3)},
     "f128w4s3x2": decode(128, 4, 3, 2),
@@ -88,7 +87,7 @@ FITTING: Final[Mapping[str, tuple[str, ...]]] = {
     "decode": ("table", "device", "early", "stream", "d128w8s3", "d128w4s3", "d64w4s4", "d64w4s3"),
     "mixed": ("table", "d64w4s2x3", "d64w4s3x3", "d128w4s2x2", "d64w4s4x2"),
     "mla": ("table", "device", "plain"),
-    "extend": ("table", "stay", "stay near", "plain"),
+    "extend": ("table", "by head", "plain"),
     "fp8": (
         "table",
         "early",

@@ -142,7 +142,7 @@ STEPS: Final[dict[str, ChosenStep]] = {
     ),
     "extend by the copy engine, over many tiles": ChosenStep("gluon_extend", (20,), (800,)),
     "extend by the copy engine, mapped": ChosenStep(
-        "tile_map gluon_extend", (150, 2, 3), (0, 10, 200), heads=(2, 1), page=32
+        "tile_map gluon_extend", (150, 2, 3), (0, 10, 200), heads=(4, 2), page=32
     ),
     "extend by the copy engine, odd strides": ChosenStep("gluon_extend", (20,), (100,), odd=True),
     "extend with a window": ChosenStep("extend", (70,), (60,), widths=(96, 96), kind={"sliding_window": 40}),

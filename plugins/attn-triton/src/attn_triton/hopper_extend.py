@@ -25,12 +25,12 @@ WARPS: Final = 4
 TILE: Final = ExtendTile(block_m=128, block_n=128, warps=8, stages=2, by_head=True)
 HEAD_WIDTH: Final = 128
 #: KV heads whose row blocks take turns.
-NEAR: Final = 1
+NEAR: Final = 4
 
 #: Positions of the arguments that change from layer to layer: q, out, lse.
 MOVING: Final = (0, 6, 7)
 #: The descriptors of the pools; token and head strides of q and out; scale and the values' scale.
-POOLS, STRIDES, SCALES = slice(1, 3), slice(13, 17), slice(18, 20)
+POOLS, STRIDES, SCALES = slice(1, 3), slice(11, 15), slice(16, 18)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,19 +114,17 @@ def bind(
     assert rows.pages is not None, "takes() was asked"
     assert rows.lengths is not None, "paged keys have lengths"
     box = math.gcd(geometry.page_size, TILE.block_n)
-    stay = bool(FORCED.get("stay", False))
     items = (blocks if tile_map is not None else blocks * rows.batch) * geometry.num_kv_heads
-    taken = torch.zeros(2, dtype=torch.int32, device=rows.starts.device) if stay else rows.starts
     constants = {
         "HKV": geometry.num_kv_heads, "GROUP": geometry.group, "BM": TILE.block_m, "BN": TILE.block_n,
         "STAGES": TILE.stages, "PAGE": geometry.page_size, "BOX": box, "ROWS_PAGE": place.page,
         "ROWS_HEAD": place.head, "COLUMNS_HEAD": place.column, "MAPPED": tile_map is not None,
-        "NEAR": near_heads(geometry.num_kv_heads), "HAS_LSE": lse is not None, "STAY": stay,
+        "NEAR": near_heads(geometry.num_kv_heads), "HAS_LSE": lse is not None,
     }  # fmt: skip
     args = [
         q, boxes(layer.k_pool, place, box), boxes(layer.v_pool, place, box), rows.pages, rows.lengths, rows.starts,
-        out, rows.starts if lse is None else lse, rows.starts if tile_map is None else tile_map, taken, items,
-        rows.batch, blocks, 0, 0, 0, 0, rows.pages.stride(0), 1.0, 1.0,
+        out, rows.starts if lse is None else lse, rows.starts if tile_map is None else tile_map, rows.batch, blocks,
+        0, 0, 0, 0, rows.pages.stride(0), 1.0, 1.0,
     ]  # fmt: skip
 
     def attend(unit: int) -> Bound:
@@ -134,8 +132,7 @@ def bind(
         dtypes = (out.dtype, geometry.dtype)
         return Bound(launchers.get(gluon_extend_kernel, sized, {"num_warps": WARPS}, dtypes), args, moving=MOVING)
 
-    programs = min(items, chip.multiprocessors) if stay else items
-    return BoundGluonExtend(Strided(attend, STRIDES), programs, place, box, {})
+    return BoundGluonExtend(Strided(attend, STRIDES), items, place, box, {})
 
 
 def near_heads(heads: int) -> int:

@@ -24,7 +24,7 @@ LONG_KEYS: Final = 8192
 
 
 #: What a tuning run tries in place of the table: "decode" and "extend" entries, "cut" ("fixed" or "stream"), "early"
-#: (the merge is launched when the pieces begin), "gluon" (False: plain kernels), "near", "stay". Empty in serving.
+#: (the merge is launched when the pieces begin), "gluon" (False: plain kernels), "near". Empty in serving.
 FORCED: Final[dict[str, Any]] = {}
 
 

@@ -11,7 +11,6 @@ from functools import partial
 import pytest
 from attn_triton.backend import TritonBackend
 from attn_triton.kernels import decode, extend, gluon_decode, gluon_extend, gluon_mla, join, write
-from attn_triton.parameters import FORCED
 from chosen_steps import STEPS, step_faults
 from ptx_machine.launching import MachineLaunchers
 from random_cases import GPU_SCALE, fault, make_scene
@@ -35,19 +34,6 @@ def test_what_was_compiled_is_right(name: str, late: bool) -> None:
     launchers.launched.clear()
     assert step_faults(step, "cpu", backend) == []
     assert launchers.launched == Counter(f"{kernel}_kernel" for kernel in ["write", *step.launches.split()])
-
-
-@pytest.mark.parametrize("multiprocessors", [1, 3])
-@pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
-@pytest.mark.parametrize("name", [name for name, step in STEPS.items() if "gluon_extend" in step.launches])
-def test_programs_that_stay_are_right(
-    name: str, late: bool, multiprocessors: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One program takes nearly all row blocks here, since the machine runs programs one after the other."""
-    monkeypatch.setitem(FORCED, "stay", True)
-    launchers = LAUNCHERS[late]
-    chip = replace(launchers.chip, multiprocessors=multiprocessors)
-    assert step_faults(STEPS[name], "cpu", partial(TritonBackend, chip=chip, launchers=launchers)) == []
 
 
 @pytest.mark.parametrize("seed", range(10))
