@@ -115,6 +115,7 @@ class FakeFlashAttention:
                     window_size_left,
                     window_size_right,
                     num_splits,
+                    int(leftpad_k is not None),
                 ],
                 dtype=torch.int32,
             )
@@ -162,6 +163,7 @@ def _forward(a: dict) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
             )
         queries = q[index].double() * (_by_head(a["q_descale"][b], heads) if fp8 else 1.0)
         part, part_lse = _attend(queries, None if q_v is None else q_v[index].double(), keys, values, a)
+        part = part + _behind_the_end(a, b, table)
         out[index] = part.to(out.dtype)
         if varlen:
             lse[:, index[0]] = part_lse.float()
@@ -188,6 +190,7 @@ def _check_schedule(a: dict, batch: int, varlen: bool) -> None:
         a["window_size_left"],
         a["window_size_right"],
         a["num_splits"],
+        int(a["leftpad_k"] is not None),
     ]
     assert a["scheduler_metadata"].tolist() == made_for, (a["scheduler_metadata"].tolist(), made_for)
 
@@ -209,6 +212,20 @@ def _keys_of(a: dict, b: int, table: Tensor | None) -> tuple[Tensor, Tensor]:
     assert len(position) <= table.shape[1] * page
     pages, offset = table[b].long()[position // page], position % page
     return k[pages, offset].double(), v[pages, offset].double()
+
+
+def _behind_the_end(a: dict, b: int, table: Tensor | None) -> Tensor | float:
+    """0 times the values that lie in the request's last page behind its end, where pages are loaded by whole tiles."""
+    if table is None or a["leftpad_k"] is not None:
+        assert a["leftpad_k"] is None or (a["leftpad_k"].dtype == torch.int32 and not a["leftpad_k"].any())
+        return 0.0
+    q, v, count = a["q"], a["v"], int(a["seqused_k"][b])
+    queries = a["max_seqlen_q"] if a["cu_seqlens_q"] is not None else q.shape[1]
+    page = v.shape[1]
+    if page % 64 or queries * q.shape[-2] // v.shape[2] <= 64 or not count % page:
+        return 0.0
+    rest = v[int(table[b, count // page]), count % page :].double()
+    return (rest.sum(0) * 0.0).repeat_interleave(q.shape[-2] // v.shape[2], 0)
 
 
 def _attend(q: Tensor, q_v: Tensor | None, k: Tensor, v: Tensor, a: dict) -> tuple[Tensor, Tensor]:

@@ -175,6 +175,29 @@ def test_any_page_size(fake: FakeFlashAttention, page_size: int) -> None:
     check_step(config_of(KIND, page_size=page_size), batch_of(ForwardMode.EXTEND, [5, 2], [9, 7], page_size))
 
 
+@pytest.mark.parametrize("lens", [[70, 20], [65, 128]])
+def test_what_lies_behind_the_end_in_a_page_of_a_whole_tile_changes_nothing(
+    fake: FakeFlashAttention, lens: list[int]
+) -> None:
+    """Seen on an H200 with pages of 128 and 256: a NaN there reached the output."""
+    torch.manual_seed(0)
+    config = config_of(KIND, page_size=64)
+    cache, layer = random_cache(config), layer_of(config)
+    batch = batch_of(ForwardMode.EXTEND, lens, lens, 64)
+    backend = FA3Backend(config, cache)
+    q, k, v = inputs(KIND, batch.num_tokens)
+    cache.k(0).fill_(float("nan"))
+    cache.v(0).fill_(float("nan"))
+    backend.init_forward_metadata(batch)
+    out = backend.forward(q, k, v, layer, batch)
+    torch.testing.assert_close(out.double(), reference(q, layer, batch, cache)[0], atol=2e-2, rtol=2e-2)
+    assert fake.calls[-1]["leftpad_k"] is not None
+    few = batch_of(ForwardMode.DECODE, [1, 1], lens, 64)
+    backend.init_forward_metadata(few)
+    backend.forward(inputs(KIND, 2)[0], None, None, layer, few, save_kv_cache=False)
+    assert fake.calls[-1]["leftpad_k"] is None, "few queries are loaded token by token anyway"
+
+
 @pytest.mark.parametrize("step", ["decode", "prefix", "chain", "mixed"])
 def test_absorbed_mla_goes_through_qv(fake: FakeFlashAttention, step: str) -> None:
     mode, query, lens = STEPS[step]

@@ -17,6 +17,8 @@ from attn_fa3.step import Keys, Shape, Step
 from attn_fa3.tree import OwnKeys
 
 _RAISED = (RuntimeError, ValueError, TypeError)
+#: Tiles of keys are multiples of 16 from 64 on, and tiles of queries have 64 rows or more.
+_SMALLEST_KEY_TILE, _KEY_TILE_STEP, _SMALLEST_QUERY_TILE = 64, 16, 64
 
 
 class Attended(NamedTuple):
@@ -54,6 +56,8 @@ class Calls:
         self._cache = cache
         self._fp8 = cache.dtype == torch.float8_e4m3fn
         self._bound: dict[int, BoundLayer] = {}
+        self._whole_tiles = cache.page_size >= _SMALLEST_KEY_TILE and not cache.page_size % _KEY_TILE_STEP
+        self._no_padding: dict[int, Tensor] = {}
 
     def bind(self, layer: AttentionLayer) -> BoundLayer:
         """The layer's pools and shape, made when it is first seen."""
@@ -92,7 +96,7 @@ class Calls:
     ) -> Attended:
         """This step's queries over ``keys``; into ``out`` [T, Hq, Dv] if given."""
         layer, pools, uniform = bound.layer, bound.pools, step.query_len
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = dict(self._token_loads(step, shape))
         if self._fp8:
             q = self._quantized(q, bound, step, 1, options)
         if uniform is None:
@@ -124,6 +128,22 @@ class Calls:
         except _RAISED as error:
             raise raised(error, f"layer {layer.layer_id}") from error
         return Attended(result[0], result[1])
+
+    def _token_loads(self, step: Step, shape: Shape) -> dict[str, Tensor]:
+        """What makes the library load keys token by token: that requests may begin inside pages, as none does.
+
+        Many queries over pages that are whole tiles of keys it loads a tile at a time, with what lies behind the end of
+        the sequence: a NaN there, times a probability of 0, is NaN.
+        """
+        if not self._whole_tiles:
+            return {}
+        queries = step.max_query_len if step.query_len is None else step.query_len
+        if queries * (shape.num_q_heads // shape.num_kv_heads) <= _SMALLEST_QUERY_TILE:
+            return {}
+        b = step.batch_size
+        if b not in self._no_padding:
+            self._no_padding[b] = torch.zeros(b, dtype=torch.int32, device=self._cache.device)
+        return {"leftpad_k": self._no_padding[b]}
 
     def attend_own(self, q: Tensor, bound: BoundLayer, step: Step, own: OwnKeys) -> Attended:
         """Each draft as a request of one token, over the slots listed for it."""
@@ -216,6 +236,7 @@ class Calls:
                 window_size_right=shape.window[1],
                 has_softcap=shape.has_softcap,
                 num_splits=step.num_splits,
+                **self._token_loads(step, shape),
             )
         except _RAISED as error:
             raise raised(error, "tile schedule") from error

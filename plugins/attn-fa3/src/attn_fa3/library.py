@@ -14,14 +14,14 @@ from torch import Tensor
 #: The arguments of the forward operator that we name; a build whose operator lacks one is refused when it is loaded.
 FORWARD_ARGUMENTS: Final = (
     "q", "k", "v", "q_v", "out", "cu_seqlens_q", "cu_seqlens_k", "seqused_k", "max_seqlen_q", "max_seqlen_k",
-    "page_table", "softmax_scale", "is_causal", "window_size_left", "window_size_right", "softcap",
+    "page_table", "leftpad_k", "softmax_scale", "is_causal", "window_size_left", "window_size_right", "softcap",
     "scheduler_metadata", "num_splits", "q_descale", "k_descale", "v_descale",
 )  # fmt: skip
 #: Those of the operator that makes the tile schedule.
 SCHEDULE_ARGUMENTS: Final = (
     "batch_size", "max_seqlen_q", "max_seqlen_k", "num_heads", "num_heads_k", "headdim", "headdim_v", "qkv_dtype",
-    "seqused_k", "cu_seqlens_q", "page_size", "is_causal", "window_size_left", "window_size_right", "has_softcap",
-    "num_splits",
+    "seqused_k", "cu_seqlens_q", "leftpad_k", "page_size", "is_causal", "window_size_left", "window_size_right",
+    "has_softcap", "num_splits",
 )  # fmt: skip
 
 
