@@ -72,7 +72,7 @@ def _one(kind: LayerKind, names: Any) -> dict[str, Any]:
         witness.backend.init_forward_metadata(batch)
         out = witness.backend.forward(q, k, None if kind.kind == "mla" else v, layer, batch)
         wanted = expect(problems(q, layer, batch, cache), q, layer, Precision.of(torch.bfloat16))
-        worst = max(worst, float(((out.double() - wanted.out).abs() / wanted.value).max()))
+        worst = max(worst, float(((out.double().to(wanted.out.device) - wanted.out).abs() / wanted.value).max()))
     ran = {phase: part.backend.name for phase, part in chosen.phases.items()}
     return {
         "plan": ran, "page_size": page, "layout": chosen.config.kv_layout, "witnessed": sorted(witness.names),

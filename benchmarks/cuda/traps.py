@@ -81,7 +81,8 @@ def _step(kind: LayerKind, lens: list[int], page: int, query: list[int] | None =
 
 
 def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found.double() - wanted).norm() / wanted.norm().clamp(min=1e-9))
+    wanted = wanted.cpu()
+    return float((found.double().cpu() - wanted).norm() / wanted.norm().clamp(min=1e-9))
 
 
 def fa3_build_refuses() -> Found:
