@@ -4,7 +4,8 @@
 #   gpu.sh unpack    unpacks what was carried, for packages that do not travel in one call
 #   gpu.sh modules   builds FlashInfer's missing modules for BUILD seconds on all cores; they come back in packs as well
 #   gpu.sh tiers     needs .gpu (pack.sh's packages) and .gpumod (FlashInfer's modules, see build_modules.py): verifies
-#                    fa3, flashinfer, flashinfer_mla and flashmla side by side for VERIFY seconds, in the tier TIER
+#                    the backends of SHARES (name:processes) side by side for VERIFY seconds, in the tier TIER; beside
+#                    them what ALSO names of models, mixed and traps
 #   gpu.sh measure   times them on the quiet machine, beside their libraries; models, mixed plans and traps
 #   gpu.sh fa4       needs .gpu4 (pack.sh OUT fa4): verifies fa4 for VERIFY seconds and times it
 # A machine that is still warm has what was unpacked before, and needs nothing carried again.
@@ -43,11 +44,13 @@ case $stage in
       --out "$OUT" --seconds "$BUILD" --at-once $((cores / 3)) --skip "$R/there.txt" 2>&1 | tee "$R/log-modules.txt" | grep modules ;;
   tiers)
     TIER=${TIER:-stress}; VERIFY=${VERIFY:-200}
-    for part in ${SHARES:-fa3:5 flashinfer:5 flashinfer_mla:4 flashmla:3}; do check "${part%:*}" "${part#*:}" & done; wait; bring verified ;;
+    for part in ${SHARES:-fa3:5 flashinfer:5 flashinfer_mla:4 flashmla:3}; do check "${part%:*}" "${part#*:}" & done
+    [ -n "${ALSO:-}" ] && lib "${MODELS:-90}" models $ALSO &
+    wait; bring verified ;;
   measure)
-    lib "${HOST:-45}" host host; bring "host costs"
-    lib "${MODELS:-80}" models models mixed traps; bring "models, mixed plans and traps"
-    lib "${SPEED:-70}" speed speed --backends flashinfer,fa3,flashmla,flashinfer_mla --seconds 0.06; bring "speed" ;;
+    [ "${HOST:-45}" = 0 ] || { lib "${HOST:-45}" host host; bring "host costs"; }
+    [ "${MODELS:-80}" = 0 ] || { lib "${MODELS:-80}" models models mixed traps; bring "models, mixed plans and traps"; }
+    lib "${SPEED:-80}" speed speed --backends "${TIMED:-flashinfer,fa3,flashmla,flashinfer_mla}" --seconds 0.06; bring "speed" ;;
   fa4)
     TIER=${TIER:-contract}; VERIFY=${VERIFY:-110}
     check fa4 15; bring verified

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from typing import Any, Final
 
@@ -117,7 +117,7 @@ class FlashMLABackend(LatentDecodeBackend):
                 cache_seqlens=step.seq_lens,
                 head_dim_v=layer.v_head_dim,
                 tile_scheduler_metadata=step.once(
-                    layer.num_q_heads, layer.layer_id, partial(self._new_schedule, step, layer.num_q_heads)
+                    layer.num_q_heads, layer.layer_id, self._new_schedule, step, layer.num_q_heads
                 ),
                 softmax_scale=layer.scale,
                 causal=step.query_len > 1,

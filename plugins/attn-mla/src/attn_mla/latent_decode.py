@@ -80,7 +80,8 @@ class LatentDecodeBackend(AttentionBackend):
             empty = q.new_empty(0, layer.num_q_heads, layer.v_head_dim)
             return (empty, q.new_empty(0, layer.num_q_heads, dtype=torch.float32)) if return_lse else empty
         step: LatentStep = batch.plan_state
-        found, lse = self.attend(q.view(-1, step.query_len, *q.shape[1:]), layer, step, return_lse, out)
+        given = q.unsqueeze(1) if step.query_len == 1 else q.view(-1, step.query_len, *q.shape[1:])
+        found, lse = self.attend(given, layer, step, return_lse, out)
         if out is None:
             rows = found.view(q.shape[0], layer.num_q_heads, layer.v_head_dim)
         else:

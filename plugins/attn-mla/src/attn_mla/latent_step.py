@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -48,11 +49,11 @@ class LatentStep:
             )
         return cls(query_len, batch.seq_lens, batch.page_table, batch.max_seq_len, in_graph)
 
-    def once(self, key: object, layer_id: int, make: Any) -> Any:
-        """What ``make`` gave for ``key`` in this step."""
+    def once(self, key: object, layer_id: int, make: Callable[..., Any], *arguments: Any) -> Any:
+        """What ``make(*arguments)`` gave for ``key`` in this step."""
         found = self.shared.get(key)
         if found is None or (self.in_graph and found[0] == layer_id):
-            found = self.shared[key] = (layer_id, make())
+            found = self.shared[key] = (layer_id, make(*arguments))
         return found[1]
 
 
