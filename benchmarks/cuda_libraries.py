@@ -4,6 +4,7 @@ python benchmarks/cuda_libraries.py site FOLDER           metadata of the workin
 python benchmarks/cuda_libraries.py verify NAME --tier contract --out FOLDER --workers 4 --max-seconds 90
 python benchmarks/cuda_libraries.py traps mixed models speed host --out FOLDER
 python benchmarks/cuda_libraries.py trap NAME             one trap, in this process
+python benchmarks/cuda_libraries.py cases NAME ID...      cases of the kit, one after the other
 """
 
 from __future__ import annotations
@@ -42,6 +43,13 @@ def main() -> None:
 
         for name in given.what[1:]:
             run_verify(name, given.tier, given.out, given.workers, given.select, given.max_cases, given.max_seconds)
+        return
+    if given.what[0] == "cases":
+        from attn_core.testing.runner import verify
+
+        for case in given.what[2:]:
+            (result,) = verify(given.what[1], "stress", "cuda", case=case, workers=1).results
+            print(f"[cases] {result.status} {case} {' '.join(str(fault)[:200] for fault in result.faults)}", flush=True)
         return
     if given.what[0] == "trap":
         from cuda.traps import run_trap

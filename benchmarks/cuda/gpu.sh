@@ -5,7 +5,7 @@
 #   gpu.sh modules   builds FlashInfer's missing modules for BUILD seconds on all cores; they come back in packs as well
 #   gpu.sh tiers     needs .gpu (pack.sh's packages) and .gpumod (FlashInfer's modules, see build_modules.py): verifies
 #                    the backends of SHARES (name:processes) side by side for VERIFY seconds, in the tier TIER; beside
-#                    them what ALSO names of models, mixed and traps
+#                    them what ALSO names of models, mixed and traps, and the single CASES (a name, then ids)
 #   gpu.sh measure   times them on the quiet machine, beside their libraries; models, mixed plans and traps
 #   gpu.sh fa4       needs .gpu4 (pack.sh OUT fa4): verifies fa4 for VERIFY seconds and times it
 # A machine that is still warm has what was unpacked before, and needs nothing carried again.
@@ -46,6 +46,7 @@ case $stage in
     TIER=${TIER:-stress}; VERIFY=${VERIFY:-200}
     for part in ${SHARES:-fa3:5 flashinfer:5 flashinfer_mla:4 flashmla:3}; do check "${part%:*}" "${part#*:}" & done
     [ -n "${ALSO:-}" ] && lib "${MODELS:-90}" models $ALSO &
+    [ -n "${CASES:-}" ] && lib 100 cases cases $CASES &
     wait; bring verified ;;
   measure)
     [ "${HOST:-45}" = 0 ] || { lib "${HOST:-45}" host host; bring "host costs"; }
@@ -57,4 +58,4 @@ case $stage in
     lib "${SPEED:-60}" speed speed --backends fa4 --seconds 0.08; bring timed ;;
 esac
 for f in "$R"/log-*.txt; do echo "== $f"; tail -n 4 "$f" | cut -c1-300; done
-grep -h "of the library" "$R"/log-speed.txt 2>/dev/null | cut -c1-200; grep -h "^\[\(host\|traps\|models\|mixed\)\]" "$R"/log-*.txt | cut -c1-240
+grep -h "of the library" "$R"/log-speed.txt 2>/dev/null | cut -c1-200; grep -h "^\[\(host\|traps\|models\|mixed\|cases\)\]" "$R"/log-*.txt | cut -c1-240
