@@ -13,6 +13,7 @@ from attn_triton.kernels.gluon_fp8 import (
     chunk_pages,
     load_keys,
     load_values,
+    part_layout,
     query_layout,
     widened_keys,
     widened_values,
@@ -137,7 +138,11 @@ def gluon_decode_kernel(
         dependence("griddepcontrol.launch_dependents; // $0")
     BN: gl.constexpr = W * N
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[W, 1, 1], instr_shape=[1, 16, 8])
-    flat: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [W, 1], [1, 0])
+    joined: gl.constexpr = gl.BlockedLayout([W, 1, 4], [1, 128 // DV, DV // 4], [1, W, 1], [2, 1, 0])
+    row_layout: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, joined))
+    parts = gl.allocate_shared_memory(gl.float32, [W, 16, DV], part_layout(DV, W))
+    tops = gl.allocate_shared_memory(gl.float32, [W, 16], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    totals = gl.allocate_shared_memory(gl.float32, [W, 16], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     h = gl.program_id(0) % HKV
     g = gl.program_id(0) // HKV
     if FIXED:
@@ -170,11 +175,17 @@ def gluon_decode_kernel(
             first_block + pos - line0, gl.minimum(first_block + stop - line0, end_block), length, lowest, cap,
             W, N, D, DV, PAGE, K_PAGE, K_TOKEN, V_PAGE, V_TOKEN, HAS_CAP, E4, mma,
         )  # fmt: skip
+        # All warps' numbers of a row and a column into one thread, the columns in order.
+        parts.store(acc.reshape([W, 16, DV // 8, 8]).permute((0, 1, 3, 2)).reshape([W, 16, DV]))
+        tops.store(top)
+        totals.store(total)
+        acc = parts.load(joined)
+        top = tops.load(gl.SliceLayout(2, joined))
+        total = totals.load(gl.SliceLayout(2, joined))
+        rows = gl.arange(0, 16, row_layout)
         peak = gl.max(top, 0)
-        inner: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, mma))
         if HAS_SINKS:  # the piece that begins a request holds its sink
-            head = gl.arange(0, 16, inner)
-            logits = gl.load(SINK_LOGITS + h * GROUP + head, mask=head < GROUP, other=0.0).to(gl.float32)
+            logits = gl.load(SINK_LOGITS + h * GROUP + rows, mask=rows < GROUP, other=0.0).to(gl.float32)
             sink = gl.where(pos == line0, logits * 1.4426950408889634, float("-inf"))
             peak = gl.maximum(peak, sink)
         finite = gl.where(peak == float("-inf"), 0.0, peak)
@@ -185,11 +196,8 @@ def gluon_decode_kernel(
         share = factor * gl.expand_dims(v_scale / gl.where(whole > 0.0, whole, 1.0), 0)
         o = gl.sum(acc * gl.expand_dims(share, 2), 0)
         base2 = gl.where(whole > 0.0, peak + gl.log2(gl.where(whole > 0.0, whole, 1.0)), float("-inf"))
-        o = o.reshape([16, DV // 8, 8]).permute((0, 2, 1)).reshape([16, DV])  # the columns in order
-        o = gl.convert_layout(o, flat)
-        row = gl.arange(0, 16, gl.SliceLayout(1, flat))
-        column = gl.arange(0, DV, gl.SliceLayout(0, flat))
-        rows = gl.arange(0, 16, inner)
+        row = gl.arange(0, 16, gl.SliceLayout(1, gl.SliceLayout(0, joined)))
+        column = gl.arange(0, DV, gl.SliceLayout(0, gl.SliceLayout(0, joined)))
         if (pos == line0) & (stop == line1):
             at = b.to(gl.int64) * out_token + (h * GROUP + row) * out_head
             gl.store(OUT + at[:, None] + column[None, :], o.to(OUT.dtype.element_ty), mask=(row < GROUP)[:, None])

@@ -78,6 +78,15 @@ def value_chunk_layout(N, W):
     )
 
 
+@gluon.constexpr_function
+def part_layout(DV, W):
+    """[W, 16, DV] of the warps' accumulators in shared memory: 16 bytes a thread are written and read, and what eight
+    threads take lies in different banks.
+    """
+    wide = [[0, 0, 32 + 4], [0, 0, 64 + 8], [0, 1, 16]] if DV == 128 else [[0, 0, 32 + 4], [0, 1, 8]]
+    return gl.SharedLinearLayout([*powers(2, 1, 32), *wide, *powers(1, 2, 16), *powers(0, 1, W)], [], 128)
+
+
 @gluon.jit
 def as_summed(x, R: gl.constexpr, D: gl.constexpr, W: gl.constexpr):
     """[W, R, D] with its columns in the order in which the scores sum them."""
