@@ -142,9 +142,9 @@ STEPS: Final[dict[str, ChosenStep]] = {
     ),
     "extend by the copy engine, over many tiles": ChosenStep("gluon_extend", (20,), (800,)),
     "extend by the copy engine, mapped": ChosenStep(
-        "tile_map gluon_extend", (150, 2, 3), (0, 10, 200), heads=(4, 2), page=32
+        "tile_map gluon_extend", (130, 2, 3), (0, 10, 130), heads=(3, 3), page=32
     ),
-    "extend by the copy engine, odd strides": ChosenStep("gluon_extend", (20,), (100,), odd=True),
+    "extend by the copy engine, odd strides": ChosenStep("gluon_extend", (70, 3), (60, 3), heads=(6, 6), odd=True),
     "extend with a window": ChosenStep("extend", (70,), (60,), widths=(96, 96), kind={"sliding_window": 40}),
     "extend over fp8, keys and values of two widths": ChosenStep(
         "extend", (65,), (30,), widths=(64, 32), kv_dtype="fp8_e5m2", dtype="float16", page=64
