@@ -45,6 +45,15 @@ def _decode(block_n: tuple[int, ...], warps: tuple[int, ...], stages: tuple[int,
     return tuple(dict(zip(names, values, strict=True)) for values in itertools.product(block_n, warps, stages, per_sm))
 
 
+def _gluon(keys: tuple[int, ...], warps: tuple[int, ...], per_sm: tuple[int, ...]) -> Any:
+    """Tiles of the Gluon kernel over an fp8 cache: ``keys`` of each warp; no more warps than have registers."""
+    return tuple(
+        {"gluon": True, "block_n": n * w, "warps": w, "per_sm": p}
+        for n, w, p in itertools.product(keys, warps, per_sm)
+        if w * p <= 8
+    )
+
+
 def _extend(*tiles: tuple[int, int, int, int]) -> tuple[dict[str, Any], ...]:
     names = ("block_m", "block_n", "warps", "stages")
     return tuple(
@@ -70,6 +79,22 @@ CLASSES: Final[dict[str, ShapeClass]] = {
     "decode-fp8": ShapeClass(
         "decode", {**_MHA, "cache_bytes": 1}, ("decode bs64 kv4096", "decode bs128 kv2048", "decode bs8 kv65536"),
         _decode((64, 128), (4, 8), (3, 4), (1, 2, 3)), kv="fp8_e4m3",
+    ),
+    "decode-fp8-few": ShapeClass(
+        "decode", {"kind": "mha", "load": "few"}, ("decode bs1 kv8192", "decode bs16 kv4096"),
+        _gluon((16, 32), (2, 4, 8), (1, 2)), kv="fp8_e4m3",
+    ),
+    "decode-fp8-long": ShapeClass(
+        "decode", {"kind": "mha", "load": "long"}, ("decode bs8 kv65536",), _gluon((16, 32), (1, 2, 4), (2, 4, 8)),
+        kv="fp8_e4m3",
+    ),
+    "decode-fp8-many": ShapeClass(
+        "decode", {"kind": "mha", "load": "many"}, ("decode bs64 kv4096", "decode bs128 kv2048"),
+        _gluon((16, 32), (1, 2, 4), (2, 4, 8)), kv="fp8_e4m3",
+    ),
+    "decode-fp8-mixed": ShapeClass(
+        "decode", {"kind": "mha", "load": "mixed"}, ("decode bs64 kv128-32768 log-uniform",),
+        _gluon((16, 32), (1, 2, 4), (2, 4, 8)), kv="fp8_e4m3",
     ),
     "mla-few-rows": ShapeClass(
         "decode", {**_MLA, "max_rows": 16}, ("mla H16 bs1 kv8192", "mla H16 bs32 kv4096", "mla H16 bs128 kv4096"),
