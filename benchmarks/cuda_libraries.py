@@ -96,8 +96,11 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     from attn_core.testing.devices import device_name
 
     system = detect()
-    wanted = ("attn-", "torch", "flashinfer", "tokenspeed-fa3", "sgl-flash-mla", "flash-attn", "transformers", "triton")
-    versions = {name: version for name, version in sorted(system.dists.items()) if name.startswith(wanted)}
+    wanted = {
+        "torch", "triton", "transformers", "flashinfer-python", "tokenspeed-fa3", "sgl-flash-mla", "flash-attn-4",
+    }  # fmt: skip
+    installed = sorted(system.dists.items())
+    versions = {name: version for name, version in installed if name in wanted or name.startswith("attn-")}
     head = {"schema": SCHEMA, "version": 1, "device": device_name("cuda"), "date": str(datetime.date.today())}
     path.write_text(json.dumps({**head, "versions": versions, "rows": rows}, indent=1) + "\n")
 
