@@ -85,4 +85,4 @@ def _sinks(runs: Runs, sinks: Tensor | None, device: torch.device, once: Once) -
         lowest = partial(torch.full, (runs.rows,), float("-inf"), dtype=torch.float32, device=device)
         none: Tensor = once(("no sinks", runs.rows), lowest)
         return none
-    return (sinks.float() * LOG2_E).view(runs.kv_heads, 1, runs.group).expand(runs.shape).flatten()
+    return (sinks.float() * LOG2_E).view(runs.kv_heads, 1, runs.group).expand(runs.shape).flatten().contiguous()

@@ -71,6 +71,18 @@ def test_runs_are_joined(variant: JoinVariant, count: int, sunk: bool, emulated:
     assert (lse[finite].double() - exact_lse[finite]).abs().max() < 2e-5
 
 
+def test_one_head_alone_has_sinks_too(emulated: Gfx942) -> None:
+    """A table that is expanded from one number is a view of it, which no kernel can read."""
+    lse = torch.tensor([1.0, 2.0, -3.0])
+    runs, sinks = Runs(torch.ones(3, 64), lse, 1, 3, 1, 1), torch.tensor([0.5])
+    kernel = Kernels(torch.device("cpu")).get(JoinVariant(64, "float16"))
+    layer = AttentionLayer(0, 1, 1, 64, 64, 1.0, sinks=sinks)
+    out, whole = join(kernel, runs, layer, torch.empty(3, 1, 64, dtype=torch.float16), once)
+    natural = lse * math.log(2)
+    assert torch.allclose(whole[:, 0], torch.logaddexp(natural, sinks))
+    assert torch.allclose(out[:, 0, 0].float(), torch.sigmoid(natural - sinks), atol=1e-3)
+
+
 def test_more_rows_than_a_grid_may_have_take_several_launches(
     emulated: Gfx942, monkeypatch: pytest.MonkeyPatch
 ) -> None:
