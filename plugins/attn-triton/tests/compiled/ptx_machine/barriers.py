@@ -111,50 +111,6 @@ def try_wait(block: Block, instruction: Instruction, active: Mask) -> bool:
     return True
 
 
-#: Where the shared memory of block ``rank`` of a cluster begins, as the others name it: (rank + 1) times this.
-WINDOW: Final = 1 << 24
-
-
-def across(operands: tuple[Operand, ...]) -> Step:
-    """mapa: an address of one's own shared memory, as that of another block of the cluster."""
-    target, at, rank = operands
-
-    def run(block: Block, active: Mask) -> None:
-        block.write(
-            target, block.read(at, "u32") + (block.read(rank, "u32") + np.uint32(1)) * np.uint32(WINDOW), active
-        )
-
-    return run
-
-
-@dataclass(slots=True)
-class Meeting:
-    """The barrier of a cluster of ``threads``: how many times all have met, and how many are there for the next."""
-
-    threads: int
-    met: int = 0
-    arrived: int = 0
-    seen: Any = 0
-
-
-def meet(block: Block, action: str, active: Mask) -> bool:
-    """Arrive at the barrier of the cluster; or whether all have arrived since these threads did."""
-    meeting, races = block.cluster.meeting, block.shared.races
-    if action == "wait":
-        if (block.expected[active] > meeting.met).any():
-            return False
-        if races is not None:
-            races.acquire(warps_of(active), meeting.seen)
-        return True
-    block.expected[active] = meeting.met + 1
-    meeting.arrived += int(active.sum())
-    if races is not None:
-        meeting.seen = np.maximum(meeting.seen, races.release(warps_of(active)))
-    if meeting.arrived == meeting.threads:
-        meeting.arrived, meeting.met = 0, meeting.met + 1
-    return True
-
-
 def step_of(parts: tuple[str, ...], operands: tuple[Operand, ...]) -> Step:
     """Setting up a barrier, and arriving at one."""
     action = parts[1]
@@ -168,9 +124,7 @@ def step_of(parts: tuple[str, ...], operands: tuple[Operand, ...]) -> Step:
         block.barriers.known.pop(single(block, at, active), None)
 
     def arrive(block: Block, active: Mask) -> None:
-        place = single(block, at, active)
-        owner = block.cluster.blocks[place // WINDOW - 1] if place >= WINDOW else block
-        barrier = owner.barriers.at(place % WINDOW)
+        barrier = block.barriers.at(single(block, at, active))
         barrier.pending -= int(active.sum()) * (1 if "expect_tx" in parts else number)
         assert barrier.pending >= 0, "more arrivals than the barrier counts"
         if block.shared.races is not None:
@@ -184,25 +138,20 @@ def step_of(parts: tuple[str, ...], operands: tuple[Operand, ...]) -> Step:
 def box_copy(parts: tuple[str, ...], operands: tuple[Operand, ...]) -> Step:
     """cp.async.bulk.tensor of a box in two dimensions to shared memory."""
     assert "2d" in parts, parts
-    to, source, bar, *mask = operands
-    assert bool(mask) == ("multicast::cluster" in parts), parts
+    to, source, bar = operands
     assert isinstance(source, Address)
     inner, outer = source.coordinates
 
     def run(block: Block, active: Mask) -> None:
         boxes = block.descriptors[single(block, source, active) - DESCRIPTORS]
-        told = single(block, bar, active)
-        wanted = int(np.broadcast_to(block.read(mask[0], "u16"), active.shape)[active][0]) if mask else 0
-        owners = [b for i, b in enumerate(block.cluster.blocks) if wanted >> i & 1] if mask else [block]
+        barrier = block.barriers.at(single(block, bar, active))
         assert inner is not None
         assert outer is not None
         columns, rows = (np.broadcast_to(block.read(o, "s32"), active.shape)[active] for o in (inner, outer))
         races = block.shared.races
-        seen = None if races is None else races.seen(warps_of(active))
+        seen = None if races is None else races.clocks[warps_of(active)].max(0)
         for place, row, column in zip(block.addresses(to, active), rows, columns, strict=True):
-            box = boxes.read(int(row), int(column))
-            for owner in owners:
-                owner.barriers.send(_landing(owner, owner.barriers.at(told), box, int(place), seen))
+            block.barriers.send(_landing(block, barrier, boxes.read(int(row), int(column)), int(place), seen))
 
     return run
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ptx_machine.arithmetic import TYPES
-from ptx_machine.barriers import DESCRIPTORS, Barriers, Boxes, Meeting
+from ptx_machine.barriers import DESCRIPTORS, Barriers, Boxes
 from ptx_machine.memory import SHARED_BASE, GlobalMemory, SharedMemory
 from ptx_machine.program import Address, Number, Operand, Register
 
@@ -53,14 +53,6 @@ class Queue:
 
 
 @dataclass(slots=True)
-class Cluster:
-    """The blocks that see each other's shared memory, in order."""
-
-    meeting: Meeting
-    blocks: list[Block] = field(default_factory=list)
-
-
-@dataclass(slots=True)
 class Block:
     """One block: registers of all threads, its shared memory, and what is under way."""
 
@@ -72,9 +64,6 @@ class Block:
     descriptors: Sequence[Boxes]
     late: bool
     barriers: Barriers
-    cluster: Cluster
-    #: of each thread: the meeting of the cluster that it has arrived at
-    expected: NDArray[np.int64]
     copies: Queue = field(default_factory=Queue)
     products: dict[int, Queue] = field(default_factory=dict)
 

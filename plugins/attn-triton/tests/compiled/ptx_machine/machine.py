@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 from ptx_machine import barriers, movement, tensor_cores
 from ptx_machine.arithmetic import operation
-from ptx_machine.barriers import Barriers, Boxes, Meeting
-from ptx_machine.block import Block, Cluster, Mask, Product, Queue
+from ptx_machine.barriers import Barriers, Boxes
+from ptx_machine.block import Block, Mask, Product, Queue
 from ptx_machine.memory import SHARED_BASE, GlobalMemory, SharedMemory
 from ptx_machine.program import Instruction, Many, Number, Operand, Program, Register
 from ptx_machine.races import Races
-from ptx_machine.walking import MachineError, Step, Walk, moves, walk_together
+from ptx_machine.walking import MachineError, Step, Walk, moves
 
 Values = NDArray[Any]
 
@@ -42,28 +42,18 @@ class Machine:
     def run(
         self, grid: tuple[int, int], params: Sequence[int], memory: GlobalMemory, descriptors: Sequence[Boxes] = ()
     ) -> None:
-        """All clusters, one after the other. ``params`` are bits, or places among ``descriptors``. Raises
+        """All blocks, one after the other. ``params`` are bits, or places among ``descriptors``. Raises
         MachineError.
         """
-        size = self.program.cluster
-        assert grid[0] % size == 0, f"{grid[0]} blocks in clusters of {size}"
         for y in range(grid[1]):
-            for x in range(0, grid[0], size):
-                cluster = Cluster(Meeting(size * self.program.threads))
-                for rank in range(size):
-                    cluster.blocks.append(self._block(x + rank, y, cluster, params, memory, descriptors))
-                    cluster.blocks[rank].registers["%nctaid.x"][:] = grid[0]
+            for x in range(grid[0]):
+                block = self._block(x, y, params, memory, descriptors)
+                block.registers["%nctaid.x"][:] = grid[0]
                 with np.errstate(all="ignore"):
-                    walk_together([Walk(self.program.instructions, self._steps, block) for block in cluster.blocks])
+                    Walk(self.program.instructions, self._steps, block).run()
 
     def _block(
-        self,
-        x: int,
-        y: int,
-        cluster: Cluster,
-        params: Sequence[int],
-        memory: GlobalMemory,
-        descriptors: Sequence[Boxes],
+        self, x: int, y: int, params: Sequence[int], memory: GlobalMemory, descriptors: Sequence[Boxes]
     ) -> Block:
         count = self.program.threads
         registers: dict[str, Values] = {
@@ -71,17 +61,9 @@ class Machine:
         }
         registers["%tid.x"][:] = np.arange(count)
         registers["%ctaid.x"][:], registers["%ctaid.y"][:] = x, y
-        rank = len(cluster.blocks)
-        registers["%cluster_ctarank"][:] = rank
-        races = None
-        if self.late:
-            beside = cluster.blocks[0].shared.races if rank else None
-            races = Races(
-                count // 32, SHARED_BASE, self.program.shared, rank=rank, blocks=self.program.cluster, beside=beside
-            )
+        races = Races(count // 32, SHARED_BASE, self.program.shared) if self.late else None
         shared = SharedMemory(self.program.shared, races)
-        expected = np.zeros(count, np.int64)
-        return Block(registers, memory, shared, params, descriptors, self.late, Barriers(self.late), cluster, expected)
+        return Block(registers, memory, shared, params, descriptors, self.late, Barriers(self.late))
 
 
 def _step(instruction: Instruction) -> Step | None:
@@ -111,8 +93,6 @@ def _unguarded(instruction: Instruction) -> Step:
         return lambda block, active: None
     if name == "mbarrier":
         return barriers.step_of(parts, operands)
-    if name == "mapa":
-        return barriers.across(operands)
     if name == "elect":
         return barriers.elect(operands)
     if parts[:3] == ("cp", "async", "bulk"):

@@ -76,8 +76,6 @@ class Program:
     widths: dict[str, int]
     threads: int
     shared: int
-    #: blocks of a cluster
-    cluster: int = 1
 
 
 def parse(ptx: str, shared: int) -> Program:
@@ -86,14 +84,11 @@ def parse(ptx: str, shared: int) -> Program:
     assert entry is not None, "no kernel"
     threads = re.search(r"\.(?:reqntid|maxntid) (\d+)", ptx)
     assert threads is not None, "no number of threads"
-    cluster = re.search(r"\.reqnctapercluster (\d+)", ptx)
     reader = _Reader(dict(_FILE.findall(ptx)))
     body = ptx[ptx.index("{", entry.end()) + 1 : ptx.index("// -- End function")]
     body = re.sub(r"//[^\n]*", "", body)
     reader.read(_TABLE.sub(lambda table: table[0].replace("\n", " "), body))
-    return Program(
-        entry[1], reader.finished(), reader.widths, int(threads[1]), shared, int(cluster[1]) if cluster else 1
-    )
+    return Program(entry[1], reader.finished(), reader.widths, int(threads[1]), shared)
 
 
 class _Reader:
@@ -102,13 +97,7 @@ class _Reader:
     def __init__(self, files: dict[str, str]) -> None:
         self.files = files
         self.instructions: list[Instruction] = []
-        self.widths: dict[str, int] = {
-            "%tid.x": 32,
-            "%ctaid.x": 32,
-            "%ctaid.y": 32,
-            "%nctaid.x": 32,
-            "%cluster_ctarank": 32,
-        }
+        self.widths: dict[str, int] = {"%tid.x": 32, "%ctaid.x": 32, "%ctaid.y": 32, "%nctaid.x": 32}
         #: by scope and name: inline assembly has labels of its own
         self._labels: dict[tuple[int, str], int] = {}
         self._jumps: list[tuple[Instruction, str, tuple[int, ...]]] = []

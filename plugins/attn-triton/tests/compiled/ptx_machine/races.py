@@ -20,60 +20,48 @@ class RaceError(Exception):
 
 class Races:
     """Clocks of ``warps`` warps and of the copy engine (the last one), and who touched each of ``size`` bytes from
-    ``base`` on. The blocks of a cluster share their clocks: block ``rank`` of ``blocks``, the first of which is
-    ``beside``.
+    ``base`` on.
     """
 
-    def __init__(
-        self, warps: int, base: int, size: int, *, rank: int = 0, blocks: int = 1, beside: Races | None = None
-    ) -> None:
-        count = blocks * (warps + 1)
-        self._base, self.first, self.engine = base, rank * (warps + 1), rank * (warps + 1) + warps
-        if beside is None:
-            self.clocks: NDArray[np.int32] = np.eye(count, dtype=np.int32)
-            #: what each warp is at, for the message of a race
-            self.where: list[str] = [""] * count
-        else:
-            self.clocks, self.where = beside.clocks, beside.where
+    def __init__(self, warps: int, base: int, size: int) -> None:
+        self._base, self.engine = base, warps
+        self.clocks: NDArray[np.int32] = np.zeros((warps + 1, warps + 1), np.int32)
+        np.fill_diagonal(self.clocks, 1)
         self._writer = np.full(size, -1, np.int16)
         self._written = np.zeros(size, np.int32)
-        self._read = np.zeros((size, count), np.int32)
+        self._read = np.zeros((size, warps + 1), np.int32)
         #: stored by a warp that has not fenced since
         self._unfenced = np.zeros(size, np.bool_)
-
-    def seen(self, warps: NDArray[np.intp]) -> Clock:
-        """What these warps have seen."""
-        found: Clock = self.clocks[warps + self.first].max(0)
-        return found
+        #: what each warp is at, for the message of a race
+        self.where: list[str] = [""] * (warps + 1)
 
     def meet(self, warps: NDArray[np.intp]) -> None:
         """All of these wait for each other."""
-        warps = warps + self.first
         self.clocks[warps] = self.clocks[warps].max(0)
         self.clocks[warps, warps] += 1
 
     def release(self, warps: NDArray[np.intp]) -> Clock:
         """What these warps have seen, for whoever acquires it; what they do from now on is later."""
-        seen = self.seen(warps)
-        self.clocks[warps + self.first, warps + self.first] += 1
+        seen: Clock = self.clocks[warps].max(0)
+        self.clocks[warps, warps] += 1
         return seen
 
     def acquire(self, warps: NDArray[np.intp], seen: Clock) -> None:
-        self.clocks[warps + self.first] = np.maximum(self.clocks[warps + self.first], seen)
+        self.clocks[warps] = np.maximum(self.clocks[warps], seen)
 
     def read(self, addresses: NDArray[np.int64], width: int, warps: NDArray[np.intp]) -> None:
         """``warps`` [n] read ``width`` bytes at ``addresses`` [n]. Raises RaceError."""
-        at, by = self._bytes(addresses, width, warps + self.first)
+        at, by = self._bytes(addresses, width, warps)
         self._check(at, by, "reads what")
         self._read[at, by] = self.clocks[by, by]
 
     def fence(self, warps: NDArray[np.intp]) -> None:
         """What these warps have stored, tensor cores and copy engine may see."""
-        self._unfenced &= ~np.isin(self._writer, warps + self.first)
+        self._unfenced &= ~np.isin(self._writer, warps)
 
     def read_fenced(self, addresses: NDArray[np.int64], width: int, warp: int) -> None:
         """Tensor cores read for ``warp``, beside `read`. Raises RaceError."""
-        self._check_fenced(*self._bytes(addresses, width, np.full(len(addresses), warp + self.first, np.intp)))
+        self._check_fenced(*self._bytes(addresses, width, np.full(len(addresses), warp, np.intp)))
 
     def write(
         self,
@@ -87,10 +75,8 @@ class Races:
         """The same of writes; where one ``changes`` nothing, another may write the same. ``stored``: by an instruction
         whose writes need a fence. Raises RaceError.
         """
-        self._write(*self._bytes(addresses, width, warps + self.first), np.repeat(changes, width), stored=stored)
-
-    def _write(self, at: NDArray[np.int64], by: NDArray[np.intp], changes: NDArray[np.bool_], *, stored: bool) -> None:
-        same = ~changes & self._unordered(at, by)
+        at, by = self._bytes(addresses, width, warps)
+        same = ~np.repeat(changes, width) & self._unordered(at, by)
         at, by = at[~same], by[~same]
         self._check(at, by, "writes over what")
         late = self._read[at] > self.clocks[by]
@@ -107,9 +93,9 @@ class Races:
         own = self.clocks[self.engine]
         own[:] = np.maximum(seen, np.where(np.arange(len(own)) == self.engine, own, 0))
         own[self.engine] += 1
-        at, by = self._bytes(addresses, width, np.full(len(addresses), self.engine, np.intp))
-        self._check_fenced(at, by)
-        self._write(at, by, np.ones(len(at), np.bool_), stored=False)
+        engine = np.full(len(addresses), self.engine, np.intp)
+        self._check_fenced(*self._bytes(addresses, width, engine))
+        self.write(addresses, width, engine, np.ones(len(addresses), np.bool_))
         copied: Clock = own.copy()
         return copied
 
@@ -139,11 +125,6 @@ class Races:
             raise RaceError(self._message(int(at[i]), int(by[i]), int(self._writer[at[i]]), said, "stored"))
 
     def _message(self, at: int, one: int, other: int, said: str, did: str) -> str:
-        first, second = (f"{self._name(w)} at {self.where[w]}" for w in (one, other))
+        names = [f"warp {w}" if w < self.engine else "the copy engine" for w in (one, other)]
+        first, second = (f"{name} at {self.where[w]}" for name, w in zip(names, (one, other), strict=True))
         return f"{first} {said} {second} {did}, byte {at} of shared memory"
-
-    def _name(self, who: int) -> str:
-        count = self.engine + 1 - self.first
-        warp, block = who % count, who // count
-        name = f"warp {warp}" if warp + 1 < count else "the copy engine"
-        return name if len(self.where) == count else f"{name} of block {block}"

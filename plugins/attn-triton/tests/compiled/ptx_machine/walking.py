@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ptx_machine.barriers import meet, try_wait, warps_of
+from ptx_machine.barriers import try_wait, warps_of
 from ptx_machine.memory import MemoryAccessError
 from ptx_machine.program import Instruction, Number
 from ptx_machine.races import RaceError
@@ -54,55 +54,45 @@ class Walk:
         self._watching: list[Group] = []
         self._arrived: dict[int, list[Group]] = {}
         self._left = self._count
-        self._steps_taken = 0
 
-    @property
-    def going(self) -> bool:
-        """Whether some threads have not returned."""
-        return bool(self._ready or self._watching or self._arrived)
-
-    def turn(self) -> bool:
-        """Take those furthest behind a stretch further; False if all wait. Raises MachineError."""
-        self._wake()
-        if not self._ready:
-            return False
-        self._ready.sort(key=lambda group: group.pc)
-        group = self._ready.pop(0)
-        while self._ready and self._ready[0].pc == group.pc:
-            group.active = group.active | self._ready.pop(0).active
-        self._steps_taken += self._stretch(group, self._ready[0].pc if self._ready else len(self._instructions))
-        if self._steps_taken > MOST_STEPS:
-            raise MachineError(f"{self._instructions[group.pc]}: no end after {self._steps_taken} steps")
-        return True
-
-    def land_one(self) -> bool:
-        """Let a copy land that is under way to this block, if there is one. Raises MachineError."""
-        try:
-            return self._block.barriers.land_one()
-        except RaceError as fault:
-            raise MachineError(str(fault)) from fault
-
-    def stuck(self) -> list[str]:
-        """What threads wait for."""
-        return [str(self._instructions[group.pc]) for group in self._watching] + [
-            f"barrier {name}: {[(str(self._instructions[g.pc - 1]), int(g.active.sum())) for g in groups]}"
-            for name, groups in self._arrived.items()
-        ]
+    def run(self) -> None:
+        """Raises MachineError, also where threads wait for what never comes."""
+        steps = 0
+        while self._ready or self._watching or self._arrived:
+            self._wake()
+            self._ready.sort(key=lambda group: group.pc)
+            group = self._ready.pop(0)
+            while self._ready and self._ready[0].pc == group.pc:
+                group.active = group.active | self._ready.pop(0).active
+            steps += self._stretch(group, self._ready[0].pc if self._ready else len(self._instructions))
+            if steps > MOST_STEPS:
+                raise MachineError(f"{self._instructions[group.pc]}: no end after {steps} steps")
 
     def _wake(self) -> None:
-        """Those whose barrier has come are ready."""
-        still: list[Group] = []
-        for group in self._watching:
-            instruction = self._instructions[group.pc]
-            if instruction.parts[0] == "mbarrier":
-                come = try_wait(self._block, instruction, group.active)
-            else:
-                come = meet(self._block, "wait", group.active)
-            if come:
-                self._ready.append(Group(group.pc + 1, group.active))
-            else:
-                still.append(group)
-        self._watching = still
+        """Those whose barrier has come are ready; if nobody is, what is under way arrives."""
+        while True:
+            still: list[Group] = []
+            for group in self._watching:
+                (self._ready if try_wait(self._block, self._instructions[group.pc], group.active) else still).append(
+                    group
+                )
+            for group in self._watching:
+                if not any(group is other for other in still):
+                    group.pc += 1
+            self._watching = still
+            if self._ready:
+                return
+            try:
+                landed = self._block.barriers.land_one()
+            except RaceError as fault:
+                raise MachineError(str(fault)) from fault
+            if not landed:
+                stuck = [str(self._instructions[group.pc]) for group in self._watching]
+                stuck += [
+                    f"barrier {name}: {[(str(self._instructions[g.pc - 1]), int(g.active.sum())) for g in groups]}"
+                    for name, groups in self._arrived.items()
+                ]
+                raise MachineError(f"all threads wait: {stuck}")
 
     def _stretch(self, group: Group, limit: int) -> int:
         """Run a group until it branches, waits, returns or meets others; how many steps that were."""
@@ -115,7 +105,7 @@ class Walk:
                 return pc - begun + 1
             if races is not None:
                 for warp in warps_of(active):
-                    races.where[races.first + warp] = self._instructions[pc].where
+                    races.where[warp] = self._instructions[pc].where
             try:
                 step(block, active)
             except (MemoryAccessError, RaceError, AssertionError) as fault:
@@ -129,11 +119,8 @@ class Walk:
         if instruction.guard is not None:
             held = self._block.registers[instruction.guard.name]
             taken = active & (~held if instruction.negated else held)
-        if name == "mbarrier" or instruction.parts[:3] == ("barrier", "cluster", "wait"):
+        if name == "mbarrier":
             self._watching.append(Group(pc, active))
-        elif instruction.parts[:2] == ("barrier", "cluster"):
-            meet(self._block, "arrive", active)
-            self._put(pc + 1, active)
         elif name == "bra":
             self._put(instruction.targets[0], taken)
             self._put(pc + 1, active & ~taken)
@@ -162,13 +149,3 @@ class Walk:
     def _put(self, pc: int, active: Mask) -> None:
         if active.any() and pc < len(self._instructions):
             self._ready.append(Group(pc, active))
-
-
-def walk_together(walks: Sequence[Walk]) -> None:
-    """Take the blocks of a cluster to their ends, in turns; when all wait, something that is under way arrives. Raises
-    MachineError, also where threads wait for what never comes.
-    """
-    while any(walk.going for walk in walks):
-        moved = [walk.turn() for walk in walks if walk.going]
-        if not any(moved) and not any(walk.land_one() for walk in walks):
-            raise MachineError(f"all threads wait: {[walk.stuck() for walk in walks if walk.going]}")
