@@ -28,6 +28,7 @@ def main(spec: str, answer: str) -> None:
                 "tokens": [token for _, token, _ in one["meta_info"]["output_token_logprobs"]],
                 "logprobs": [logprob for logprob, _, _ in one["meta_info"]["output_token_logprobs"]],
                 "cached": one["meta_info"]["cached_tokens"],
+                "guessed": one["meta_info"].get("spec_num_correct_drafts", 0),
             }
             for one in engine.generate(input_ids=asked["prompts"], sampling_params=sampling, return_logprob=True)
         ]

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +54,21 @@ def test_pages_chunks_mixed_batches_and_cached_prefixes(folder: Callable[[str], 
     assert [one["cached"] for one in got.rounds[1]] == [64, 32, 32, 0], "whole pages of the prompts of the first round"
 
 
+def test_guesses_are_verified(folder: Callable[[str], Path], serve: Any) -> None:
+    """N-grams of what was generated before, as trees: in the second round they are right."""
+    model = folder("llama")
+    wanted = serve(model, PROMPTS, rounds=2, attention_backend="torch_native")
+    got = serve(
+        model, PROMPTS, rounds=2, attention_backend="attn-torch_native", speculative_algorithm="NGRAM",
+        speculative_num_draft_tokens=4,
+    )  # fmt: skip
+    assert got.planned == [f"{phase} by torch_native (named)" for phase in ("prefill", "decode", "verify")]
+    for index in (0, 1):
+        assert got.tokens(index) == wanted.tokens(index)
+        assert (got.logprobs(index) - wanted.logprobs(index)).abs().max() < TOLERANCE
+    assert all(one["guessed"] >= 6 for one in got.rounds[1]), "half of the tokens were guessed"
+
+
 @pytest.mark.parametrize(("name", "page_size"), [("gemma3", 4), ("deepseek_v3", 1)])
 def test_windows_and_latent_caches(name: str, page_size: int, folder: Callable[[str], Path], serve: Any) -> None:
     model = folder(name)
@@ -60,16 +81,70 @@ def test_windows_and_latent_caches(name: str, page_size: int, folder: Callable[[
         assert (got.logprobs() - without).abs().max() > 1e-2, "a window that is forgotten would be seen"
 
 
-def test_a_real_model_with_sglangs_own_prefill_and_our_decode(serve: Any) -> None:
+REAL_PROMPTS = [[1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2], [504, 3575, 282, 4649, 314]]
+
+
+@pytest.fixture(scope="module")
+def real(serve: Any) -> tuple[Path, Any]:
+    """SmolLM2, and what SGLang's torch_native generates from REAL_PROMPTS."""
     model = locate(None, lambda *args: None).folder
-    prompts = [[1, 4093, 198, 1780, 314, 260, 3575, 282, 4649, 47, 2], [504, 3575, 282, 4649, 314]]
-    wanted = serve(model, prompts, attention_backend="torch_native", new=16)
+    return model, serve(model, REAL_PROMPTS, attention_backend="torch_native", new=16)
+
+
+def test_a_real_model_with_sglangs_own_prefill_and_our_decode(real: tuple[Path, Any], serve: Any) -> None:
+    model, wanted = real
     got = serve(
-        model, prompts, prefill_attention_backend="torch_native", decode_attention_backend="attn-torch_native", new=16
-    )
+        model, REAL_PROMPTS, prefill_attention_backend="torch_native", decode_attention_backend="attn-torch_native",
+        new=16,
+    )  # fmt: skip
     assert got.planned == ["decode by torch_native (named)"]
     assert got.tokens() == wanted.tokens()
     assert (got.logprobs() - wanted.logprobs()).abs().max() < 1e-3
+
+
+def test_a_server(real: tuple[Path, Any], tmp_path: Path) -> None:
+    """What ``sglang serve`` starts, asked over HTTP: the tokens of the engine with SGLang's own attention."""
+    model, wanted = real
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path / "log.txt"
+    command = [
+        sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--attention-backend", "attn",
+        "--device", "cpu", "--dtype", "float32", "--disable-cuda-graph", "--max-total-tokens", "4096",
+        "--page-size", "16", "--host", "127.0.0.1", "--port", str(port),
+    ]  # fmt: skip
+    with log.open("w") as out:
+        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, text=True)
+    try:
+        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 300
+        while not answers(f"{url}/health_generate"):
+            assert server.poll() is None, log.read_text()[-4000:]
+            assert time.monotonic() < deadline, log.read_text()[-4000:]
+            time.sleep(1)
+        sampling = {"temperature": 0, "max_new_tokens": 16, "ignore_eos": True}
+        got = ask(f"{url}/generate", {"input_ids": REAL_PROMPTS, "sampling_params": sampling})
+        assert [one["output_ids"] for one in got] == wanted.tokens()
+        question = {"model": "it", "prompt": "The capital of France is", "max_tokens": 2, "temperature": 0}
+        assert ask(f"{url}/v1/completions", question)["choices"][0]["text"] == " Paris."
+        assert log.read_text().count("attn: decode by torch_native (preferred for cpu)") == 1
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=20) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+def ask(url: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=300) as response:
+        return json.load(response)
 
 
 def test_a_backend_that_cannot_is_refused_with_its_reasons(folder: Callable[[str], Path], serve: Any) -> None:

@@ -9,7 +9,7 @@ import pytest
 import sglang.srt.runtime_context as context
 from attn_core.engines.sglang.registration import register_names
 from attn_core.engines.sglang.served import speculation_of
-from attn_core.engines.sglang.settings import check_served
+from attn_core.engines.sglang.settings import check_served, check_speculation
 from attn_core.errors import ConfigError
 from sglang.srt.arg_groups import choices
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
@@ -48,6 +48,14 @@ def test_models_whose_images_need_masks_of_triton_are_refused(parallel: SimpleNa
     of.model.prepare_attn_masks = lambda *args: None
     with pytest.raises(ConfigError, match="--attention-backend triton"):
         check_served(of)
+
+
+def test_guesses_over_pages_of_several_tokens_are_refused_on_a_cpu() -> None:
+    spec = SimpleNamespace(speculative_algorithm="NGRAM")
+    check_speculation(runner(Layers()), spec)
+    check_speculation(runner(Layers(), page_size=4), SimpleNamespace(speculative_algorithm=None))
+    with pytest.raises(ConfigError, match="pages of 4 on a CPU"):
+        check_speculation(runner(Layers(), page_size=4), spec)
 
 
 def test_context_parallelism_is_refused(parallel: SimpleNamespace) -> None:

@@ -55,3 +55,12 @@ def check_served(runner: Any) -> None:
     for what, (asked, hint) in not_served.items():
         if asked:
             raise ConfigError(f"{what}: not translated from SGLang", hint=hint)
+
+
+def check_speculation(runner: Any, spec: Any) -> None:
+    """Raise ConfigError where SGLang itself fails in the first step with guesses."""
+    if spec.speculative_algorithm is not None and str(runner.device) == "cpu" and int(runner.page_size) > 1:
+        raise ConfigError(
+            f"speculation over pages of {runner.page_size} on a CPU: SGLang's allocation runs a Triton kernel there",
+            accepted="--page-size 1",
+        )

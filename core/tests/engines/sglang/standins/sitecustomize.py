@@ -1,4 +1,7 @@
-"""Stand-ins for what SGLang imports and this machine has not: every name can be imported, none can be called."""
+"""Stand-ins for what SGLang imports and this machine has not: every name can be imported, none can be called.
+
+But for what speculation does between its models (speculation.py).
+"""
 
 from __future__ import annotations
 
@@ -32,6 +35,11 @@ class _StandIn(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        if self.__name__.startswith("sgl_kernel"):
+            import speculation
+
+            if hasattr(speculation, name):
+                return getattr(speculation, name)
         return _missing(f"{self.__name__}.{name}")
 
 
