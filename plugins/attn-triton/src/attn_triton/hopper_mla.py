@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,6 +16,7 @@ from attn_triton.kinds import BoundLayer, Kind, value_scale
 from attn_triton.launch import Bound, Launchers
 from attn_triton.parameters import FORCED, DecodeTile
 from attn_triton.step import Step
+from attn_triton.strided import UNIT
 
 if TYPE_CHECKING:
     from attn_triton.partition import Partition
@@ -57,21 +59,26 @@ def takes(chip: Chip, kind: Kind, step: Step | None) -> bool:
 
 @dataclass(slots=True, eq=False)
 class BoundMla:
-    """The kernel for one kind of layers in one step, ready to launch."""
+    """The kernel for one kind of layers in one step, ready to launch: by the unit of the output's strides."""
 
-    attend: Bound
+    make: Callable[[int], Bound]
+    made: dict[int, Bound]
     grid: int
     pools: dict[int, tuple[Any, Any]]
 
     def run(self, q: Tensor, out: Tensor, lse: Tensor | None, bound: BoundLayer, scale: tuple[float, float]) -> None:
         """Whole rows into out and lse, parts into the workspace."""
-        attend = self.attend
+        token, head = out.stride()[:2]
+        unit = 1 if (token | head) % UNIT else UNIT
+        attend = self.made.get(unit)
+        if attend is None:
+            attend = self.made[unit] = self.make(unit)
         pool = self.pools.get(bound.layer.layer_id)
         if pool is None:
             pool = self.pools[bound.layer.layer_id] = boxes(bound.k_pool)
         attend.place(out, lse)
         attend.values[BOXES] = (*boxes(q), *pool)
-        attend.values[STRIDES] = out.stride()[:2]
+        attend.values[STRIDES] = (token // unit, head // unit)
         attend.values[SCALES] = (scale[0], value_scale(bound.layer))
         attend.launch(self.grid)
 
@@ -93,16 +100,18 @@ def bind(
         "H": geometry.group, "TILES": cut.tiles, "PAGE": geometry.page_size, "FIXED": cut.fixed, "SINGLE": step.single,
         "HAS_LSE": lse is not None, "NB": TILE.stages,
     }  # fmt: skip
-    attend = Bound(
-        launchers.get(mla_kernel, constants, {"num_warps": TILE.warps}, (out.dtype, geometry.dtype)),
-        [
-            *boxes(q), *boxes(layer.k_pool), keys.pages, keys.lengths, step.starts, out,
-            partition.part_lse if lse is None else lse, partition.part_out, partition.part_lse, plan.line, plan.bounds,
-            plan.first, cut.splits, 0, 0, keys.pages.stride(0), 1.0, 1.0,
-        ],
-        moving=MOVING,
-    )  # fmt: skip
-    return BoundMla(attend, cut.groups * cut.tiles, {})
+    args = [
+        *boxes(q), *boxes(layer.k_pool), keys.pages, keys.lengths, step.starts, out,
+        partition.part_lse if lse is None else lse, partition.part_out, partition.part_lse, plan.line, plan.bounds,
+        plan.first, cut.splits, 0, 0, keys.pages.stride(0), 1.0, 1.0,
+    ]  # fmt: skip
+
+    def make(unit: int) -> Bound:
+        sized = {**constants, "UNIT": unit}
+        dtypes = (out.dtype, geometry.dtype)
+        return Bound(launchers.get(mla_kernel, sized, {"num_warps": TILE.warps}, dtypes), args, moving=MOVING)
+
+    return BoundMla(make, {}, cut.groups * cut.tiles, {})
 
 
 def boxes(rows: Tensor) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""What orders the two roles of MLA decode on Hopper: without any one barrier or fence, the machine finds who races.
+"""MLA decode on Hopper: what orders its two roles. Without any one barrier or fence, the machine finds who races.
 
 racecheck of compute-sanitizer cannot tell: it does not follow an order through a barrier of some warps and an arrival
 of one of their threads (TUNING.md), which is how the roles of a Gluon kernel hand things over.
@@ -10,15 +10,20 @@ import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from attn_triton.ahead import CHIPS, AheadLaunchers
 from attn_triton.backend import TritonBackend
+from attn_triton.chip import Chip
 from attn_triton.kernels import gluon_mla
-from chosen_steps import STEPS, ChosenStep, step_faults
+from chosen_steps import STEPS, ChosenStep, play, step_faults
 from ptx_machine import launching
 from ptx_machine.launching import MachineLaunchers
 from ptx_machine.program import Program, parse
 from ptx_machine.walking import MachineError
+from torch import Tensor
 
 SOURCE = Path(gluon_mla.__file__).read_text().splitlines()
 ONE = STEPS["decode MLA by the copy engine"]
@@ -38,6 +43,33 @@ def machine(multiprocessors: int = 132) -> partial[TritonBackend]:
 @pytest.mark.parametrize("multiprocessors", [132, 3])
 def test_roles_hand_over_in_order(step: ChosenStep, multiprocessors: int) -> None:
     assert step_faults(step, "cpu", machine(multiprocessors)) == []
+
+
+class Gapped(TritonBackend):
+    """Gives the output a stride that is no multiple of 16 bytes."""
+
+    def forward_decode(self, q: Tensor, *args: Any, **options: Any) -> Any:
+        out = torch.empty(*q.shape[:2], 513, dtype=q.dtype)[..., :512]
+        return super().forward_decode(q, *args, **{**options, "out": out})
+
+
+def test_rows_of_the_output_may_begin_anywhere() -> None:
+    launchers = MachineLaunchers("sm_90", late=True)
+    assert step_faults(PIECES, "cpu", partial(Gapped, chip=launchers.chip, launchers=launchers)) == []
+
+
+@pytest.mark.parametrize(("backend", "single"), [(TritonBackend, False), (Gapped, True)], ids=["even", "odd"])
+def test_rows_are_stored_16_bytes_at_a_time(
+    backend: type[TritonBackend], single: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stores of 2 bytes were a tenth of a program's time; where strides are odd there is nothing else."""
+    found: list[str] = []
+    monkeypatch.setattr("attn_triton.ahead.FINISHED", [lambda compiled: found.append(compiled.asm["ptx"])])
+    launchers = AheadLaunchers(Chip("sm_90", *CHIPS["sm_90"]))
+    play(ONE, "cpu", partial(backend, chip=launchers.chip, launchers=launchers))
+    ptx = next(ptx for ptx in found if "mla_kernel(" in ptx)
+    assert bool(re.search(r"st\.global\.b16", ptx)) == single
+    assert "st.global.v4.b32" in ptx
 
 
 def without(pattern: str, before: str, ptx: str) -> str:

@@ -105,11 +105,17 @@ def query_range(STARTS, b, SINGLE: gl.constexpr):
 
 
 @gluon.jit
+def lane_sums(p):
+    """[64, 4]: of the sums of rows, what each lane of a row holds, so that nothing travels between lanes."""
+    return gl.sum(gl.sum(p.reshape([64, 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
 def score_tile(
     i, it, top, total, held, q_boxes, k_boxes, k1s, ps, factors, full, consumed, scaled, ready, length, last_seen,
     scale, MASKED: gl.constexpr, NB: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
-    """Scores and softmax of tile ``i``; the running maxima and sums."""
+    """Scores and softmax of tile ``i``; the running maxima, and sums by lane."""
     buf = it % NB
     mbarrier.wait(full.index(buf), (it // NB) & 1)
     s = gl.zeros([64, 64], gl.float32, layout=mma)
@@ -138,7 +144,8 @@ def score_tile(
     fence_async_shared()
     gl.thread_barrier()
     mbarrier.arrive(ready.index(it % 2), count=1)
-    return new_top, total * factor + gl.sum(p, 1)
+    own = gl.convert_layout(factor, gl.SliceLayout(1, total.type.layout), assert_trivial=True)
+    return new_top, total * own[:, None] + lane_sums(p)
 
 
 @gluon.jit
@@ -174,7 +181,7 @@ def score_role(
         tma.async_copy_global_to_shared(Q_NOPE, [q_start * H + t * 64, 0], ends.index(QUERIES), q0)
         tma.async_copy_global_to_shared(Q_ROPE, [q_start * H + t * 64, 512], ends.index(QUERIES), ps.index(1))
         top = gl.full([64], float("-inf"), gl.float32, layout=row_layout)
-        total = gl.zeros([64], gl.float32, layout=row_layout)
+        shares = lane_sums(gl.zeros([64, 64], gl.float32, layout=mma))
         mbarrier.wait(ends.index(QUERIES), piece & 1)
         held = (ps.index(1).load(left),)
         for c in gl.static_range(1, HELD):
@@ -182,17 +189,18 @@ def score_role(
         gl.thread_barrier()
         whole = gl.minimum(gl.maximum((length - query_len + 1) // 64, first), behind)
         for i in range(first, whole):
-            top, total = score_tile(
-                i, it, top, total, held, q_boxes, k_boxes, k1s, ps, factors, full, consumed, scaled, ready, length,
+            top, shares = score_tile(
+                i, it, top, shares, held, q_boxes, k_boxes, k1s, ps, factors, full, consumed, scaled, ready, length,
                 last_seen, scale, False, NB, mma,
             )  # fmt: skip
             it += 1
         for i in range(whole, behind):
-            top, total = score_tile(
-                i, it, top, total, held, q_boxes, k_boxes, k1s, ps, factors, full, consumed, scaled, ready, length,
+            top, shares = score_tile(
+                i, it, top, shares, held, q_boxes, k_boxes, k1s, ps, factors, full, consumed, scaled, ready, length,
                 last_seen, scale, True, NB, mma,
             )  # fmt: skip
             it += 1
+        total = gl.convert_layout(gl.sum(shares, 1), row_layout)
         if piece > 0:
             mbarrier.wait(ends.index(DONE), (piece - 1) & 1)
         sums.store(total)
@@ -215,11 +223,30 @@ def score_role(
 
 
 @gluon.jit
+def write_rows(acc, tiles, POINTER, row, live, flat: gl.constexpr):
+    """``acc`` to the ``live`` ones of 64 rows, which begin at ``row``, by way of the memory of ``tiles``: a thread has
+    two numbers of a row side by side, and stores of so little took a tenth of a program's time.
+    """
+    dtype: gl.constexpr = POINTER.dtype.element_ty
+    BITS: gl.constexpr = dtype.primitive_bitwidth
+    WIDE: gl.constexpr = 1024 // BITS
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=BITS, rank=2)
+    tiles._reinterpret(dtype, [64, 512], swizzled).store(acc.to(dtype))
+    gl.thread_barrier()
+    boxes = tiles._reinterpret(dtype, [512 // WIDE, 64, WIDE], swizzled)
+    column = gl.arange(0, WIDE, gl.SliceLayout(0, flat))
+    for c in gl.static_range(512 // WIDE):
+        gl.store(POINTER + row[:, None] + WIDE * c + column[None, :], boxes.index(c).load(flat), mask=live[:, None])
+    fence_async_shared()  # the copy engine writes here next
+    gl.thread_barrier()
+
+
+@gluon.jit
 def value_role(
     NOPE, ROPE, k0s, k1s, ps, factors, sums, full, consumed, scaled, ready, ends, PAGES, LENGTHS, STARTS, OUT, PART_OUT,
     LINE, BOUNDS, FIRST, splits, out_token, out_head, page_stride, v_scale,
     H: gl.constexpr, TILES: gl.constexpr, PAGE: gl.constexpr, FIXED: gl.constexpr, SINGLE: gl.constexpr,
-    NB: gl.constexpr,
+    NB: gl.constexpr, UNIT: gl.constexpr,
 ):  # fmt: skip
     """The accumulator: probabilities times the tiles' first 512 columns, and the output; and the copies, since nobody
     knows sooner that a buffer is free.
@@ -232,8 +259,8 @@ def value_role(
     start = pos
     it = 0
     piece = 0
-    local = gl.arange(0, 64, row_layout)
-    column = gl.arange(0, 512, gl.SliceLayout(0, mma))
+    flat: gl.constexpr = gl.BlockedLayout([1, 128 // OUT.dtype.element_ty.primitive_bitwidth], [4, 8], [8, 1], [1, 0])
+    flat32: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [8, 1], [1, 0])
     while pos < end:
         line0, line1, length = line_of(LENGTHS, LINE, b, FIXED)
         q_start, query_len = query_range(STARTS, b, SINGLE)
@@ -264,18 +291,17 @@ def value_role(
         gl.thread_barrier()
         mbarrier.arrive(ends.index(DONE), count=1)
         acc = acc * (v_scale / gl.where(total > 0.0, total, 1.0))[:, None]
-        r = t * 64 + local
-        token = r // H
-        live = token < query_len
         if (pos == line0) & (stop == line1):
-            out_at = (q_start + token).to(gl.int64) * out_token + (r % H) * out_head
-            gl.store(OUT + out_at[:, None] + column[None, :], acc.to(OUT.dtype.element_ty), mask=live[:, None])
+            r = t * 64 + gl.arange(0, 64, gl.SliceLayout(1, flat))
+            out_row = ((q_start + r // H).to(gl.int64) * out_token + (r % H) * out_head) * UNIT
+            write_rows(acc, k0s, OUT, out_row, r // H < query_len, flat)
         else:
             slot = g
             if not FIXED:
                 slot = 2 * g + (pos != start).to(gl.int32)
-            part_row = (slot * TILES + t) * 64 + local
-            gl.store(PART_OUT + part_row.to(gl.int64)[:, None] * 512 + column[None, :], acc, mask=live[:, None])
+            local = gl.arange(0, 64, gl.SliceLayout(1, flat32))
+            part_row = ((slot * TILES + t) * 64 + local).to(gl.int64) * 512
+            write_rows(acc, k0s, PART_OUT, part_row, (t * 64 + local) // H < query_len, flat32)
         piece += 1
         pos = stop
         if not FIXED:
@@ -315,9 +341,10 @@ def mla_kernel(
     SINGLE: gl.constexpr,
     HAS_LSE: gl.constexpr,
     NB: gl.constexpr,
+    UNIT: gl.constexpr,
 ):
     """Grid (groups * TILES). Q_NOPE, Q_ROPE: the queries [T * H, 576] in boxes [64, 512] and [64, 64]; NOPE, ROPE
-    likewise the latent rows of all pages; PAGE a multiple of 64."""
+    likewise the latent rows of all pages; PAGE a multiple of 64; strides of OUT in units of UNIT."""
     vector: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     square: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     dtype: gl.constexpr = Q_NOPE.dtype
@@ -350,7 +377,7 @@ def mla_kernel(
                 (
                     NOPE, ROPE, k0s, k1s, ps, factors, sums, full, consumed, scaled, ready, ends, PAGES, LENGTHS,
                     STARTS, OUT, PART_OUT, LINE, BOUNDS, FIRST, splits, out_token, out_head, page_stride, v_scale, H,
-                    TILES, PAGE, FIXED, SINGLE, NB,
+                    TILES, PAGE, FIXED, SINGLE, NB, UNIT,
                 ),
             ),
             (
