@@ -88,18 +88,7 @@ FITTING: Final[Mapping[str, tuple[str, ...]]] = {
     "mixed": ("table", "d64w4s2x3", "d64w4s3x3", "d128w4s2x2", "d64w4s4x2"),
     "mla": ("table", "device", "plain"),
     "extend": ("table", "by head", "plain"),
-    "fp8": (
-        "table",
-        "early",
-        "f128w4s3x2",
-        "g1x32x8",
-        "g2x32x4",
-        "g4x32x2",
-        "g4x32x1",
-        "g4x16x1",
-        "g8x32x1",
-        "g8x16x1",
-    ),
+    "fp8": ("table", "early", "g2x32x4", "g4x32x2", "g4x16x1"),
 }
 
 
