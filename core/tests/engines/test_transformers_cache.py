@@ -12,6 +12,8 @@ from attn_core.errors import BackendRefusedError, BatchError, CacheFullError, Co
 
 from .tiny_models import BASE, MODELS
 
+EXPLAIN = "attn explain MODEL shows what that is"
+
 
 @pytest.fixture(autouse=True)
 def registered() -> None:
@@ -23,8 +25,10 @@ def test_a_backend_that_cannot_is_refused_before_anything_runs() -> None:
     model.set_attn_implementation("attn-triton")
     assert model.config._attn_implementation == "attn-triton"
     model.set_attn_implementation("attn-flashinfer")  # a name with flash in it is not transformers' FlashAttention
-    with pytest.raises(BackendRefusedError, match="flashinfer"):
-        model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, pad_token_id=0)
+    for cached in (True, False):
+        with pytest.raises(BackendRefusedError, match="flashinfer") as refused:
+            model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, pad_token_id=0, use_cache=cached)
+        assert str(refused.value).endswith('next: attn_implementation="attn" takes what can; ' + EXPLAIN)
 
 
 @torch.no_grad()

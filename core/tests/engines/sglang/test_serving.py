@@ -151,3 +151,4 @@ def test_a_backend_that_cannot_is_refused_with_its_reasons(folder: Callable[[str
     got = serve(folder("llama"), PROMPTS, attention_backend="attn-flashinfer")
     assert not got.rounds
     assert "backend 'flashinfer' cannot run prefill" in got.log
+    assert "next: --attention-backend attn takes what can" in got.log

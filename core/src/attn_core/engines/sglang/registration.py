@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any, Final
 
+from attn_core.engines.refusals import planned_by
 from attn_core.planning.discovery import discover
 from attn_core.planning.plan import AUTO
 
@@ -38,4 +39,5 @@ def create(backend: str, runner: Any) -> Any:
     """The attention backend of SGLang's model runner ``runner``: what was planned, or every reason against it."""
     from attn_core.engines.sglang.backend import SGLangBackend
 
-    return SGLangBackend(backend, runner)
+    with planned_by(f"--attention-backend {PLANNED}"):
+        return SGLangBackend(backend, runner)

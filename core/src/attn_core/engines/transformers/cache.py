@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from attn_core.engines.refusals import planned_by
 from attn_core.engines.transformers.encoder import EncoderPages
 from attn_core.engines.transformers.masks import Spans, StepMask, mask_of
-from attn_core.engines.transformers.names import backend_of, implementation_of
+from attn_core.engines.transformers.names import INSTEAD, backend_of, implementation_of
 from attn_core.engines.transformers.packing import Packing
 from attn_core.engines.transformers.planning import encoder_len, plan_cached
 from attn_core.engines.transformers.requests import RequestPages
@@ -120,19 +121,21 @@ class PagedCache(Cache):
     def _open(self, model: Any, *, page_size: int | None, kv_layout: str | None) -> int:
         """Plan and make a pool with room for what was asked for; gives its number of pages."""
         batch_size, seq_len = self._room
-        self.plan = settle(
-            plan_cached(
-                model, self.backend_name, max_draft_tokens=self._draft_tokens, page_size=page_size,
-                kv_layout=kv_layout, max_context_len=seq_len,
-            )
-        )  # fmt: skip
+        with planned_by(INSTEAD):
+            self.plan = settle(
+                plan_cached(
+                    model, self.backend_name, max_draft_tokens=self._draft_tokens, page_size=page_size,
+                    kv_layout=kv_layout, max_context_len=seq_len,
+                )
+            )  # fmt: skip
         config = self.plan.config
         assert config.page_size is not None
         lens = seq_len, encoder_len(model.config, self._images)
         # one page more for each request: the last page of a beam is copied before its first one is given back
         count = 1 + batch_size * (1 + sum(-(-length // config.page_size) for length in lens))
         self.kv_cache = KVCache.allocate(config, num_pages=count, device=model.device)
-        self.backend = build(self.plan, self.kv_cache)
+        with planned_by(INSTEAD):
+            self.backend = build(self.plan, self.kv_cache)
         self.planned = PlannedLayers(config)
         return count
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from attn_core.engines.facts import dtype_name, system_of
+from attn_core.engines.refusals import planned_by
 from attn_core.engines.transformers.masks import StepMask
+from attn_core.engines.transformers.names import INSTEAD
 from attn_core.engines.transformers.packing import Packing
 from attn_core.errors import BatchError
 from attn_core.planning.config import AttentionConfig, LayerKind
@@ -106,8 +108,9 @@ class GivenKeys:
         key = kind, query.dtype, query.device
         if key not in self._built:
             config = AttentionConfig(layers=(kind,), dtype=dtype_name(query.dtype))
-            made = settle(plan(config, self._name, system=system_of(query.device.type), phases=("prefill",)))
-            self._built[key] = build(made, _no_cache(made.config, query.device)), kind
+            with planned_by(INSTEAD):
+                made = settle(plan(config, self._name, system=system_of(query.device.type), phases=("prefill",)))
+                self._built[key] = build(made, _no_cache(made.config, query.device)), kind
         return self._built[key][0]
 
 

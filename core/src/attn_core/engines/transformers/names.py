@@ -8,6 +8,8 @@ from attn_core.planning.plan import AUTO
 
 #: the implementation whose backends are planned
 PLANNED: Final = "attn"
+#: what a user who named a backend that cannot may say instead
+INSTEAD: Final = f'attn_implementation="{PLANNED}"'
 _PREFIX: Final = "attn-"
 #: transformers takes every name with "flash" in it for FlashAttention, and goes off to download that.
 _TAKEN: Final = "flash"
