@@ -68,8 +68,9 @@ def _run(what: str, given: argparse.Namespace) -> None:
 
         rows, system = [], detect()
         for name in given.backends.split(","):
-            rows += speed_rows(given.seconds, name)
-            results(rows, system).write(given.out / "cuda_libraries.json")
+            for row in speed_rows(given.seconds, name):
+                rows.append(row)
+                results(rows, system).write(given.out / "cuda_libraries.json")
         return
     if what == "host":
         from cuda.host import host_rows

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple, cast
 
 import torch
 from attn_core.errors import BatchError, ConfigError, KernelError, PluginLoadError
@@ -48,6 +48,27 @@ def load() -> Callable[..., tuple[Tensor, Tensor | None]]:
     return cast("Callable[..., tuple[Tensor, Tensor | None]]", function)
 
 
+def options_of(layer: AttentionLayer, *, causal: bool) -> dict[str, Any]:
+    """What every call of the library for this layer is given."""
+    window = (None, None) if layer.sliding_window is None else (layer.sliding_window - 1, 0)
+    return {
+        "softmax_scale": layer.scale, "causal": causal, "window_size": window, "learnable_sink": layer.sinks,
+        "softcap": layer.softcap, "num_splits": 1,
+    }  # fmt: skip
+
+
+class BoundLayer(NamedTuple):
+    """What stays the same of a layer from step to step."""
+
+    layer: AttentionLayer
+    pools: Pools
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, layer: AttentionLayer, pools: Pools) -> BoundLayer:
+        return cls(layer, pools, options_of(layer, causal=not layer.cross))
+
+
 class FA4Backend(AttentionBackend):
     """FlashAttention 4. Compiles a kernel when it first meets a dtype, head size, mask or cap; `warmup` does so ahead.
 
@@ -61,7 +82,7 @@ class FA4Backend(AttentionBackend):
     def __init__(self, config: AttentionConfig, kv_cache: KVCache) -> None:
         super().__init__(config, kv_cache)
         self._attend = load()
-        self._pools: dict[int, Pools] = {}
+        self._bound: dict[int, BoundLayer] = {}
         self._graphs: GraphBuffers | None = None
 
     def init_forward_metadata(self, batch: ForwardBatch) -> None:
@@ -86,20 +107,6 @@ class FA4Backend(AttentionBackend):
             raise BatchError("no graph state", hint="call init_cuda_graph_state first")
         return self._graphs
 
-    def forward_decode(
-        self,
-        q: Tensor,
-        k: Tensor | None,
-        v: Tensor | None,
-        layer: AttentionLayer,
-        batch: ForwardBatch,
-        *,
-        save_kv_cache: bool = True,
-        return_lse: bool = False,
-        out: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        return self.forward_extend(q, k, v, layer, batch, save_kv_cache=save_kv_cache, return_lse=return_lse, out=out)
-
     def forward_extend(
         self,
         q: Tensor,
@@ -120,14 +127,19 @@ class FA4Backend(AttentionBackend):
         keys = step.encoder_keys if layer.cross else step.keys
         if keys is None:
             raise BatchError("a cross layer in a batch without encoder_seq_lens and encoder_page_table")
-        pools = self._pools.get(layer.layer_id)
-        if pools is None:
-            pools = self._pools[layer.layer_id] = Pools.of(self.kv_cache, layer)
-        rows: dict[str, Any] = {"seqused_k": keys.lens, "page_table": keys.page_table}
-        if step.query_len is None:
-            rows |= {"cu_seqlens_q": step.query_start_loc, "max_seqlen_q": step.max_query_len}
-        shape = q if step.query_len is None else q.view(step.batch_size, step.query_len, *q.shape[1:])
-        return self._call(shape, pools.k, pools.v, layer, rows, not layer.cross, return_lse, out, q)
+        bound = self._bound.get(layer.layer_id)
+        if bound is None or bound.layer is not layer:
+            bound = self._bound[layer.layer_id] = BoundLayer.of(layer, Pools.of(self.kv_cache, layer))
+        rows: dict[str, Any] = {"seqused_k": keys.lens, "page_table": keys.page_table, **bound.options}
+        n = step.query_len
+        if n is None:
+            rows["cu_seqlens_q"], rows["max_seqlen_q"] = step.query_start_loc, step.max_query_len
+            shape = q
+        else:
+            shape = q.unsqueeze(1) if n == 1 else q.view(step.batch_size, n, *q.shape[1:])
+        return self._call(shape, bound.pools.k, bound.pools.v, layer, rows, return_lse, out, q)
+
+    forward_decode = forward_extend
 
     def forward_ragged(
         self,
@@ -154,8 +166,9 @@ class FA4Backend(AttentionBackend):
             "cu_seqlens_k": key_start_loc,
             "max_seqlen_q": max_query_len,
             "max_seqlen_k": max_key_len,
+            **options_of(layer, causal=causal),
         }
-        return self._call(q, k, v, layer, rows, causal, return_lse, out, q)
+        return self._call(q, k, v, layer, rows, return_lse, out, q)
 
     def _call(
         self,
@@ -164,7 +177,6 @@ class FA4Backend(AttentionBackend):
         v: Tensor,
         layer: AttentionLayer,
         rows: dict[str, Any],
-        causal: bool,
         return_lse: bool,
         out: Tensor | None,
         flat: Tensor,
@@ -173,21 +185,8 @@ class FA4Backend(AttentionBackend):
         if not flat.shape[0]:
             empty = flat.new_empty(0, layer.num_q_heads, layer.v_head_dim)
             return (empty, flat.new_empty(0, layer.num_q_heads, dtype=torch.float32)) if return_lse else empty
-        window = (None, None) if layer.sliding_window is None else (layer.sliding_window - 1, 0)
         try:
-            found = self._attend(
-                q,
-                k,
-                v,
-                softmax_scale=layer.scale,
-                causal=causal,
-                window_size=window,
-                learnable_sink=layer.sinks,
-                softcap=layer.softcap,
-                num_splits=1,
-                return_lse=return_lse,
-                **rows,
-            )
+            found = self._attend(q, k, v, return_lse=return_lse, **rows)
         except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError) as error:
             first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise KernelError(
@@ -195,7 +194,9 @@ class FA4Backend(AttentionBackend):
                 hint="the cause is the library's own error; `attn verify fa4` shows whether this installation works",
             ) from error
         part = found if isinstance(found, Tensor) else found[0]
-        result = part.flatten(0, 1) if part.dim() == 4 else part
+        result = part
+        if part.dim() == 4:
+            result = part.squeeze(1) if part.shape[1] == 1 else part.flatten(0, 1)
         if out is not None:
             result = out.copy_(result)
         return (result, Attended(part, cast(Tensor, found[1])).lse_rows()) if return_lse else result
