@@ -91,6 +91,7 @@ def real(serve: Any) -> tuple[Path, Any]:
     return model, serve(model, REAL_PROMPTS, attention_backend="torch_native", new=16)
 
 
+@pytest.mark.xdist_group("real")
 def test_a_real_model_with_sglangs_own_prefill_and_our_decode(real: tuple[Path, Any], serve: Any) -> None:
     model, wanted = real
     got = serve(
@@ -102,6 +103,7 @@ def test_a_real_model_with_sglangs_own_prefill_and_our_decode(real: tuple[Path, 
     assert (got.logprobs() - wanted.logprobs()).abs().max() < 1e-3
 
 
+@pytest.mark.xdist_group("real")
 def test_a_server(real: tuple[Path, Any], tmp_path: Path) -> None:
     """What ``sglang serve`` starts, asked over HTTP: the tokens of the engine with SGLang's own attention."""
     model, wanted = real

@@ -22,13 +22,7 @@ from attn_core.engines.sglang.served import (
     phases_of,
     speculation_of,
 )
-from attn_core.engines.sglang.settings import (
-    check_served,
-    check_speculation,
-    deterministic,
-    graphs_of_decode,
-    speculative_settings,
-)
+from attn_core.engines.sglang.settings import check_served, deterministic, graphs_of_decode, speculative_settings
 from attn_core.engines.sglang.tables import PageTables
 from attn_core.errors import BatchError, ConfigError
 from attn_core.planning.plan import Plan, plan
@@ -73,7 +67,6 @@ class SGLangBackend(AttentionBackend):  # type: ignore[misc]
         self._page_size = int(runner.page_size)
         self._served = layers_of(runner.model, latent=runner.use_mla_backend)
         spec, verify_with = speculative_settings()
-        check_speculation(runner, spec)
         self._speculation = speculation_of(spec)
         self._phases = phases_of(runner, backend, self._speculation, verify_with)
         self._graphs = graphs_of_decode(runner)

@@ -38,6 +38,8 @@ def register_names() -> tuple[str, ...]:
 def create(backend: str, runner: Any) -> Any:
     """The attention backend of SGLang's model runner ``runner``: what was planned, or every reason against it."""
     from attn_core.engines.sglang.backend import SGLangBackend
+    from attn_core.engines.sglang.settings import check_speculation, speculative_settings
 
+    check_speculation(runner, speculative_settings()[0])
     with planned_by(f"--attention-backend {PLANNED}"):
         return SGLangBackend(backend, runner)
