@@ -54,7 +54,6 @@ VARIANTS: Final[dict[str, Mapping[str, Any]]] = {
     "table": {},
     "device": {},
     "stream": {"cut": "stream"},
-    "early": {"early": True},
     "d128w8s3": decode(128, 8, 3, 1),
     "d128w4s3": decode(128, 4, 3, 1),
     "d64w4s4": decode(64, 4, 4, 2),
@@ -76,7 +75,6 @@ VARIANTS: Final[dict[str, Mapping[str, Any]]] = {
     "g4x16x1": fp8(4, 16, 1),
     "g8x32x1": fp8(8, 32, 1),
     "g8x16x1": fp8(8, 16, 1),
-    "g8x32x1 early": {"early": True, **fp8(8, 32, 1)},
 }
 #: Decode shapes that are timed with an fp8 cache too.
 FP8_SHAPES: Final = (
@@ -84,11 +82,11 @@ FP8_SHAPES: Final = (
 )  # fmt: skip
 #: Which variants a kind of shape is tried with, when all are asked for.
 FITTING: Final[Mapping[str, tuple[str, ...]]] = {
-    "decode": ("table", "device", "early", "stream", "d128w8s3", "d128w4s3", "d64w4s4", "d64w4s3"),
+    "decode": ("table", "device", "stream", "d128w8s3", "d128w4s3", "d64w4s4", "d64w4s3"),
     "mixed": ("table", "d64w4s2x3", "d64w4s3x3", "d128w4s2x2", "d64w4s4x2"),
     "mla": ("table", "device", "plain"),
     "extend": ("table", "by head", "plain"),
-    "fp8": ("table", "early", "g2x32x4", "g4x32x2", "g4x16x1"),
+    "fp8": ("table", "g2x32x4", "g4x32x2", "g4x16x1"),
 }
 
 

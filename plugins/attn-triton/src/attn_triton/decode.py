@@ -12,7 +12,6 @@ from attn_triton.chip import Chip
 from attn_triton.kernels.decode import decode_kernel
 from attn_triton.kinds import BoundLayer, value_scale
 from attn_triton.launch import Bound, Launchers
-from attn_triton.parameters import FORCED
 from attn_triton.partition import BoundMerge, Partition, Partitions
 from attn_triton.step import Step
 from attn_triton.workspace import Workspace
@@ -90,8 +89,7 @@ class DecodeKernels:
             "BN": cut.tile.block_n, "STAGES": cut.tile.stages, "FIXED": cut.fixed, "SINGLE": step.single,
             "CROSS": kind.cross, "TREE": tree is not None, "Q_TREE": 1 if tree is None else tree.shape[-1],
             "WINDOW": kind.window is not None,
-            "HAS_CAP": kind.has_cap, "HAS_SINKS": kind.sinks is not None, "HAS_LSE": lse is not None,
-            "PDL": (2 if FORCED.get("early") else 1) if pdl else 0,
+            "HAS_CAP": kind.has_cap, "HAS_SINKS": kind.sinks is not None, "HAS_LSE": lse is not None, "PDL": pdl,
             # Triton 3.6 cannot pipeline the assembly for sm_100 and later: there it is a plain conversion.
             "WIDEN": 89 <= self._chip.sm < 100 and geometry.fp8_limit > 0 and geometry.dtype.itemsize == 2,
         }  # fmt: skip

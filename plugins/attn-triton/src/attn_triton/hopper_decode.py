@@ -63,8 +63,7 @@ def bind(
         "N": cut.tile.block_n // cut.tile.warps, "D": geometry.qk_dim, "DV": geometry.v_dim,
         **geometry.pool_constants(), "FIXED": cut.fixed, "WINDOW": kind.window is not None, "HAS_CAP": kind.has_cap,
         "HAS_SINKS": kind.sinks is not None, "HAS_LSE": lse is not None, "HALF": geometry.dtype == torch.bfloat16,
-        "E4": geometry.kv_dtype == torch.float8_e4m3fn,
-        "PDL": (2 if FORCED.get("early") else 1) if partition.split else 0,
+        "E4": geometry.kv_dtype == torch.float8_e4m3fn, "PDL": partition.split,
     }  # fmt: skip
     held = REGISTERS // (cut.tile.per_sm * cut.tile.warps * 32) & ~7
     options: dict[str, Any] = {"num_warps": cut.tile.warps, **({"maxnreg": held} if held < MOST_REGISTERS else {})}

@@ -23,8 +23,8 @@ LOADS: Final[tuple[Load, ...]] = ("few", "long", "many", "mixed")
 LONG_KEYS: Final = 8192
 
 
-#: What a tuning run tries in place of the table: "decode" and "extend" entries, "cut" ("fixed" or "stream"), "early"
-#: (the merge is launched when the pieces begin), "gluon" (False: plain kernels), "near". Empty in serving.
+#: What a tuning run tries in place of the table: "decode" and "extend" entries, "cut" ("fixed" or "stream"), "gluon"
+#: (False: plain kernels), "near". Empty in serving.
 FORCED: Final[dict[str, Any]] = {}
 
 

@@ -231,8 +231,6 @@ def decode_kernel(
     """Grid (groups * TILES * HKV). Rows are (token, query head of the group), BM of them a tile."""
     if PDL:
         tl.extra.cuda.gdc_wait()
-    if PDL == 2:
-        tl.extra.cuda.gdc_launch_dependents()
     pid = tl.program_id(0)
     h = pid % HKV
     tile = pid // HKV % TILES
@@ -331,5 +329,5 @@ def decode_kernel(
         pos = stop
         if not FIXED:
             b += 1
-    if PDL == 1:
+    if PDL:
         tl.extra.cuda.gdc_launch_dependents()

@@ -134,8 +134,6 @@ def gluon_decode_kernel(
     """
     if PDL:
         dependence("griddepcontrol.wait; // $0")
-    if PDL == 2:
-        dependence("griddepcontrol.launch_dependents; // $0")
     BN: gl.constexpr = W * N
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[W, 1, 1], instr_shape=[1, 16, 8])
     joined: gl.constexpr = gl.BlockedLayout([W, 1, 4], [1, 128 // DV, DV // 4], [1, W, 1], [2, 1, 0])
@@ -214,5 +212,5 @@ def gluon_decode_kernel(
         pos = stop
         if not FIXED:
             b += 1
-    if PDL == 1:
+    if PDL:
         dependence("griddepcontrol.launch_dependents; // $0")
