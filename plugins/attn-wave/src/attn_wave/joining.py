@@ -12,7 +12,7 @@ from attn_core.runtime.layer import AttentionLayer
 from torch import Tensor
 
 from attn_wave.runtime import Kernel
-from attn_wave.variant import LOG2_E, UNIT
+from attn_wave.variant import UNIT
 
 Once = Callable[[object, Callable[[], Any]], Any]
 #: Workgroups that a grid may have in its second dimension.
@@ -80,9 +80,9 @@ def _places(runs: Runs, device: torch.device) -> Tensor:
 
 
 def _sinks(runs: Runs, sinks: Tensor | None, device: torch.device, once: Once) -> Tensor:
-    """[rows] fp32 of base 2, minus infinity where there is none."""
+    """[rows] fp32, minus infinity where there is none."""
     if sinks is None:
         lowest = partial(torch.full, (runs.rows,), float("-inf"), dtype=torch.float32, device=device)
         none: Tensor = once(("no sinks", runs.rows), lowest)
         return none
-    return (sinks.float() * LOG2_E).view(runs.kv_heads, 1, runs.group).expand(runs.shape).flatten().contiguous()
+    return sinks.float().view(runs.kv_heads, 1, runs.group).expand(runs.shape).flatten().contiguous()

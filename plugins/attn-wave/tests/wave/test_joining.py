@@ -83,6 +83,17 @@ def test_one_head_alone_has_sinks_too(emulated: Gfx942) -> None:
     assert torch.allclose(out[:, 0, 0].float(), torch.sigmoid(natural - sinks), atol=1e-3)
 
 
+def test_a_row_that_saw_nothing_has_its_sink_to_the_bit(emulated: Gfx942) -> None:
+    """Not by way of base 2 and back."""
+    sinks = torch.randn(4, generator=torch.Generator().manual_seed(5)) / 8
+    runs = runs_of(3, 64)
+    runs.lse.fill_(LOWEST)
+    kernel = Kernels(torch.device("cpu")).get(JoinVariant(64, "float16"))
+    out, lse = join(kernel, runs, layer_of(64, sinks), torch.empty(TOKENS, 4, 64, dtype=torch.float16), once)
+    assert torch.equal(lse, sinks.expand(TOKENS, 4))
+    assert not out.any()
+
+
 def test_more_rows_than_a_grid_may_have_take_several_launches(
     emulated: Gfx942, monkeypatch: pytest.MonkeyPatch
 ) -> None:

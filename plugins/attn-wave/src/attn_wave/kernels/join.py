@@ -15,7 +15,7 @@ import wave_lang.kernel.wave as tkw
 from wave_lang.kernel.lang.global_symbols import GLOBAL_ADDRESS_SPACE
 
 from attn_wave.join_variant import SAW_NOTHING
-from attn_wave.variant import MASKED
+from attn_wave.variant import LOG2_E, MASKED
 
 _LANES = 64
 
@@ -24,7 +24,7 @@ def join_kernel(variant):
     """``(kernel, substitutions, dynamic symbols)`` of a `JoinVariant`, for wave_compile. A fresh one for each.
 
     Arguments, in order: partial [C, S, E] fp32 and lse [C, S] fp32 of base 2, as `attend` leaves them; places [S]
-    int32, where each row goes; sinks [S] fp32 of base 2, minus infinity for none; out [*, E]; out_lse [*] fp32 natural.
+    int32, where each row goes; sinks [S] fp32 natural, minus infinity for none; out [*, E]; out_lse [*] fp32 natural.
     A run that a row saw nothing in counts for nothing, whatever is in ``partial``. A row that saw nothing at all gets
     0, and as log-sum-exp its sink or minus infinity.
     """
@@ -68,9 +68,13 @@ def join_kernel(variant):
         def of_run():
             return tkw.select(stated() > of_row(SAW_NOTHING), stated(), of_row(float("-inf")))
 
-        sink = tkw.read(sinks, elements_per_thread=1, source=(s,), target=(s,))
+        def sink():
+            return tkw.read(sinks, elements_per_thread=1, source=(s,), target=(s,))
 
-        @tkw.iterate(C, init_args=[tkl.Register[S, E, tkl.f32](0.0), tkw.maximum(sink, of_row(MASKED))])
+        def start():
+            return tkw.maximum(sink() * of_row(LOG2_E), of_row(MASKED))
+
+        @tkw.iterate(C, init_args=[tkl.Register[S, E, tkl.f32](0.0), start()])
         def loop(acc, total):
             tkw.set_symbol(RUN, tkw.self_index(C, tkl.i32))
             values = tkw.read(partial, elements_per_thread=EACH, source=(RUN, s, e), target=(s, e))
@@ -84,7 +88,8 @@ def join_kernel(variant):
             return acc * kept + values * tkw.exp2(of_run() - new_total), new_total
 
         acc, total = loop
-        natural = tkw.select(total > of_row(SAW_NOTHING), total * of_row(math.log(2)), of_row(float("-inf")))
+        # what nothing was joined to is still the sink, to the bit
+        natural = tkw.select(total > start(), total * of_row(math.log(2)), sink())
         place = tkw.read(places, elements_per_thread=1, source=(s,), target=(s,))
         tkw.set_symbol(PLACE, place)
         tkw.write(natural, out_lse, source=(s,), target=(PLACE,), elements_per_thread=1)
