@@ -19,6 +19,7 @@ def program(lines: str, *, lds: int = 0, argument_size: int = 0) -> CodeObject:
         np.zeros(4, np.uint8),
         0,
         lds,
+        0,
         argument_size,
         setup=0x80 | 2 << 1,
         float_mode=0xF0,

@@ -32,6 +32,8 @@ CASES: list[tuple[str, Mapping[str, Any]]] = [
     *((text, {"v0": 16 * LANE, "v1": WRITABLE >> 32, "s[4:5]": WRITABLE, **WORDS}) for text in STORES),
     *((text, {"v0": 16 * (LANE % 32), **WORDS}) for text in LDS_STORES),
     *((text, NUMBERS) for text in MATRIX),
+    ("scratch_store_dwordx2 off, v[2:3], off offset:4", WORDS),
+    ("scratch_load_dword v4, off, off offset:4", WORDS),
     ("v_readlane_b32 s0, v1, s2", {"v1": 3 * LANE, "s2": 40}),
     ("ds_permute_b32 v0, v1, v2", {"v1": 4 * (63 - LANE), "v2": 10 * LANE}),
     ("v_div_scale_f32 v3, s[2:3], v2, v2, v1", {"v1": LANE, "v2": LANE}),
@@ -55,7 +57,13 @@ def state(wave: Wave) -> dict[str, Any]:
     """Everything that an instruction can change, but for memory."""
     own = wave.lds[wave.lds_first : wave.lds_first + LDS]
     registers = [wave.vector[:64].copy(), wave.accumulators[:64].copy()]
-    return {"registers": np.stack(registers), "lds": own.copy(), "scalar": list(wave.scalar), "scc": wave.scc}
+    return {
+        "registers": np.stack(registers),
+        "lds": own.copy(),
+        "scalar": list(wave.scalar),
+        "scc": wave.scc,
+        "scratch": wave.scratch.copy(),
+    }
 
 
 def written(waves: list[Wave]) -> bytes:

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from attn_wave.emulator.code_object import action_of
+from attn_wave.emulator.faults import EmulationError, MemoryFaultError
 from attn_wave.emulator.instructions import parse
+from attn_wave.emulator.wave import GARBAGE
 
 from .artefacts import all_instructions
 from .test_another_compiler import kernel
@@ -324,6 +326,42 @@ def test_a_short_store_to_lds_leaves_its_neighbour() -> None:
     np.testing.assert_array_equal(halves[:128:2], lanes(lambda i: bytes_at(4 * i, 2)))
 
 
+# -- scratch
+
+SPILLS = {"": 1, "x2": 2, "x3": 3, "x4": 4}
+
+
+@pytest.mark.parametrize("wide", SPILLS)
+def test_scratch_keeps_what_each_active_lane_put_there(wide: str) -> None:
+    words = SPILLS[wide]
+    data = f"v[2:{1 + words}]" if words > 1 else "v2"
+    wave = wave_of({f"v{2 + i}": 1000 * i + LANE for i in range(4)} | {"exec": ODD})
+    action_of(parse(f"scratch_store_dword{wide} off, {data}, off offset:8"))(wave)
+    wave.vector[2:6] = 0
+    wave.set_exec(LOW32 << 32 | LOW32)
+    action_of(parse(f"scratch_load_dword{wide} {data}, off, off offset:8"))(wave)
+    for i in range(4):
+        found = wave.vector[2 + i]
+        np.testing.assert_array_equal(found[1::2], 1000 * i + LANE[1::2] if i < words else 0)
+        np.testing.assert_array_equal(found[::2], GARBAGE if i < words else 0)
+    others = np.delete(wave.scratch, range(2, 2 + words), axis=0)
+    np.testing.assert_array_equal(others, GARBAGE)
+
+
+@pytest.mark.parametrize(
+    "text", ["scratch_store_dword off, v2, off offset:32", "scratch_load_dwordx2 v[2:3], off, off offset:28"]
+)
+def test_scratch_that_the_code_did_not_ask_for(text: str) -> None:
+    with pytest.raises(MemoryFaultError, match="scratch bytes"):
+        run(text, {})
+
+
+@pytest.mark.parametrize("text", ["scratch_store_dword v1, v2, off", "scratch_load_dword v2, off, s3"])
+def test_scratch_by_an_address_in_registers_is_not_modelled(text: str) -> None:
+    with pytest.raises(EmulationError, match="not modelled"):
+        action_of(parse(text))
+
+
 # -- divisions, as compilers spell them
 
 DIVISION = """
@@ -404,6 +442,7 @@ def names_with_a_test() -> set[str]:
         # test_matrix.py, test_launch.py
         "v_mfma_f32_16x16x16_f16", "v_mfma_f32_16x16x16_bf16", "v_mfma_f32_32x32x8_f16", "s_barrier", "s_endpgm",
         "ds_write_b16", "global_store_short",
+        *(f"scratch_{what}_dword{wide}" for what in ("load", "store") for wide in SPILLS),
     }  # fmt: skip
     return elsewhere | {parse(text).base for text in [*(c[0] for c in ARITHMETIC), *STORES, *LDS_STORES]}
 

@@ -35,16 +35,17 @@ def lanes(function: Any) -> Any:
     return np.array([int(function(lane)) & LOW32 for lane in range(64)], np.uint32)
 
 
-def wave_of(registers: Mapping[str, Any], *, lds: int = 1024) -> Wave:
+def wave_of(registers: Mapping[str, Any], *, lds: int = 1024, scratch: int = 32) -> Wave:
     """A wave whose ``registers`` hold these: v3, a3 (one value or 64), s3, vcc (64 bits), exec, scc.
 
     Its memory has 1024 bytes at READ_ONLY, byte i of which is i % 251, and as many zeros at WRITABLE; its LDS likewise.
+    Each lane has ``scratch`` bytes for itself, with garbage in them.
     """
     memory = Memory()
     numbers = (np.arange(1024) % 251).astype(np.uint8)
     memory.add(READ_ONLY, numbers.copy(), "numbers", writable=False)
     memory.add(WRITABLE, np.zeros(1024, np.uint8), "zeros", writable=True)
-    wave = Wave(memory, np.resize(numbers, lds).astype(np.uint8))
+    wave = Wave(memory, np.resize(numbers, lds).astype(np.uint8), scratch=scratch)
     for name, value in registers.items():
         if name == "scc":
             wave.scc = int(value)

@@ -48,6 +48,8 @@ class CodeObject:
     image: NDArray[np.uint8]
     entry: int
     lds_size: int
+    #: of each lane, where registers are spilled to
+    scratch_size: int
     argument_size: int
     #: rsrc2 of the kernel descriptor: how many scalar registers are set up, and with which workgroup ids
     setup: int
@@ -70,13 +72,14 @@ class CodeObject:
             raise EmulationError(f"a code object with kernels {sorted(kernels)}", accepted="one kernel")
         ((name, descriptor),) = kernels.items()
         raw = image[descriptor : descriptor + 64].tobytes()
-        lds, _, arguments = struct.unpack_from("<III", raw)
+        lds, scratch, arguments = struct.unpack_from("<III", raw)
         return cls(
             name=name.removesuffix(".kd"),
             arch=arch,
             image=image,
             entry=descriptor + struct.unpack_from("<q", raw, 16)[0],
             lds_size=lds,
+            scratch_size=scratch,
             argument_size=arguments,
             setup=struct.unpack_from("<I", raw, 52)[0],
             float_mode=struct.unpack_from("<I", raw, 48)[0] >> 12 & 0xFF,
@@ -144,7 +147,7 @@ def _by_kind(instruction: Instruction) -> Action | None:
     name = instruction.name
     if name.startswith("s_"):
         return scalar(instruction)
-    if name.startswith(("global_", "flat_", "buffer_", "ds_")):
+    if name.startswith(("global_", "flat_", "buffer_", "ds_", "scratch_")):
         return memory_access(instruction)
     if name.startswith("v_mfma"):
         return matrix(instruction)

@@ -15,7 +15,7 @@ from attn_wave.emulator.wave import U32, U64, Lanes, Wave, spread
 
 
 class Gang(Wave):
-    """Vector registers [registers, waves * 64]; those of each of its waves become views of them.
+    """Vector registers and scratch [rows, waves * 64]; those of each of its waves become views of them.
 
     Scalar instructions, and vector instructions of a single lane, are done to each of ``waves``; `follow` is due after
     those that may have changed which lanes are active.
@@ -33,6 +33,7 @@ class Gang(Wave):
         self.lds_first = np.repeat(np.array([wave.lds_first for wave in waves]), 64)
         self.vector = _joined(waves, "vector")
         self.accumulators = _joined(waves, "accumulators")
+        self.scratch = _joined(waves, "scratch")
         self.follow()
 
     def follow(self) -> None:
@@ -82,9 +83,9 @@ class Gang(Wave):
 
 
 def _joined(waves: Sequence[Wave], name: str) -> Lanes:
-    """The registers of all, [registers, waves * 64]; each wave keeps a view."""
+    """The registers or scratch of all, [rows, waves * 64]; each wave keeps a view."""
     own = [getattr(wave, name) for wave in waves]
     whole = np.stack(own, 1)
     for i, wave in enumerate(waves):
         setattr(wave, name, whole[:, i])
-    return whole.reshape(len(whole), -1)
+    return whole.reshape(len(whole), 64 * len(waves))

@@ -135,7 +135,7 @@ def _workgroups(
     firsts = range(0, block[0] * block[1] * block[2], 64)
     turns = [
         [
-            _wave(code, Wave(memory, lds, i * room, size, code.rows), group, block, first)
+            _wave(code, Wave(memory, lds, i * room, size, code.rows, code.scratch_size), group, block, first)
             for i, group in enumerate(groups)
         ]
         for first in (reversed(firsts) if backwards else firsts)

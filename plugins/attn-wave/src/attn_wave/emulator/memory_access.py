@@ -1,4 +1,5 @@
-"""Loads and stores: global memory by address or through a buffer descriptor, and the LDS of a workgroup."""
+"""Loads and stores: global memory by address or through a buffer descriptor, the LDS of a workgroup, and the scratch of
+a lane, which its registers are spilled to."""
 
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ _BYTES: Final = {
 _LDS_BYTES: Final = {"b32": 4, "b64": 8, "b96": 12, "b128": 16, "u16": 2, "i16": 2, "b16": 2, "u8": 1, "i8": 1, "b8": 1}
 _GLOBAL: Final = re.compile(r"(?:global|flat)_(load|store)_([a-z]+(?:x\d)?)(_d16(?:_hi)?)?")
 _BUFFER: Final = re.compile(r"buffer_(load|store)_([a-z]+(?:x\d)?)(_d16(?:_hi)?)?")
+_SCRATCH: Final = re.compile(r"scratch_(load|store)_dword(?:x([234]))?")
 _LDS: Final = re.compile(r"ds_(read|write)(2)?(st64)?_([bui]\d+)(_d16(?:_hi)?)?")
 
 #: addresses uint64 [64] of a wave, and the lanes that access them
@@ -32,7 +34,7 @@ Deliver = Callable[[Wave, NDArray[np.uint8]], None]
 
 def memory_access(instruction: Instruction) -> Action | None:
     """The action of a load or store; None for an instruction that is neither, or a form that is not modelled."""
-    for pattern, build in ((_GLOBAL, _global), (_BUFFER, _buffer), (_LDS, _lds)):
+    for pattern, build in ((_GLOBAL, _global), (_BUFFER, _buffer), (_LDS, _lds), (_SCRATCH, _scratch)):
         match = pattern.fullmatch(instruction.name)
         if match is not None:
             return build(instruction, match)
@@ -205,3 +207,35 @@ def _lds_place(w: Wave, start: Lanes, offset: int, size: int, instruction: Instr
     base = w.lds_first
     found: Lanes = first + (base if w.full or isinstance(base, int) else base[w.active])
     return found
+
+
+# -- scratch
+
+
+def _scratch(instruction: Instruction, match: re.Match[str]) -> Action:
+    """Words of each lane's own at a fixed place, as compilers spill registers; LLVM's AMDGPU guide, "Private"."""
+    load, words, offset = match[1] == "load", int(match[2] or 1), instruction.integer("offset")
+    data, *address = instruction.operands if load else [instruction.operands[i] for i in (1, 0, 2)]
+    if any(part.kind != "off" for part in address) or offset % 4:
+        raise EmulationError(f"{instruction.text}: scratch by an address in registers is not modelled")
+    rows, reads = range(offset // 4, offset // 4 + words), [bits32(data.part(i)) for i in range(words)]
+    writes = [set_lanes(data.part(i)) for i in range(words)]
+
+    def check(w: Wave) -> None:
+        if offset < 0 or rows.stop > len(w.scratch):
+            raise MemoryFaultError(
+                f"{instruction.text} at {instruction.address:#x}: scratch bytes {offset} to {offset + 4 * words}",
+                accepted=f"0 to {4 * len(w.scratch)}, which the code object asks for",
+            )
+
+    def store(w: Wave) -> None:
+        check(w)
+        for row, read in zip(rows, reads, strict=True):
+            np.copyto(w.scratch[row], read(w), where=w.active)
+
+    def fetch(w: Wave) -> None:
+        check(w)
+        for row, write in zip(rows, writes, strict=True):
+            write(w, w.scratch[row].copy())
+
+    return fetch if load else store

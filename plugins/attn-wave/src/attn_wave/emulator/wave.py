@@ -21,7 +21,7 @@ LOW32: Final = 0xFFFFFFFF
 LOW64: Final = 0xFFFFFFFFFFFFFFFF
 LANE: Final = np.arange(64)
 VCC, EXEC = 106, 126
-#: What registers and LDS hold before anything is written: NaN as fp32, as fp16 and as bf16, and no address.
+#: What registers, LDS and scratch hold before anything is written: NaN as fp32, as fp16 and as bf16, and no address.
 GARBAGE: Final = 0x7FFF7FFF
 _POWERS: Final = np.left_shift(np.uint64(1), np.arange(64, dtype=np.uint64))
 
@@ -34,7 +34,7 @@ class Wave:
 
     __slots__ = (
         "accumulators", "active", "done", "first_lanes", "full", "lanes", "lds", "lds_first", "lds_size", "memory",
-        "place", "scalar", "scc", "vector",
+        "place", "scalar", "scc", "scratch", "vector",
     )  # fmt: skip
 
     def __init__(
@@ -44,9 +44,13 @@ class Wave:
         lds_first: Any = 0,
         lds_size: int | None = None,
         rows: tuple[int, int] = (256, 256),
+        scratch: int = 0,
     ) -> None:
-        """``lds`` from ``lds_first`` on, ``lds_size`` bytes, is that of its workgroup. ``rows``: vector registers."""
-        self.vector, self.accumulators = (np.full((n, 64), GARBAGE, U32) for n in rows)
+        """``lds`` from ``lds_first`` on, ``lds_size`` bytes, is that of its workgroup. ``rows``: vector registers.
+        ``scratch``: bytes that each lane has for itself."""
+        self.vector, self.accumulators, self.scratch = (
+            np.full((n, 64), GARBAGE, U32) for n in (*rows, -(-scratch // 4))
+        )
         self.scalar = [GARBAGE] * 128
         self.scc = 0
         self.memory, self.lds, self.lds_first = memory, lds, lds_first
