@@ -33,7 +33,9 @@ from attn_core.runtime import backend, batch, kv_cache, layer
 DOCS: Final = Path(__file__).parent
 ROOT: Final = DOCS.parent
 OUTPUT: Final = re.compile(r"(<!-- output of: (attn .*?) -->).*?(<!-- end of output -->)", re.DOTALL)
-FIGURES: Final = re.compile(r"(<!-- figures of: (\S+\.json): (.*?) -->).*?(<!-- end of figures -->)", re.DOTALL)
+FIGURES: Final = re.compile(
+    r"(<!-- figures of: (\S+\.json): (.*?)(?:, only (.*?))? -->).*?(<!-- end of figures -->)", re.DOTALL
+)
 NOTICE: Final = "<!-- made from the code by docs/generate.py; do not edit -->\n"
 
 #: What each key of a manifest says. A key that is not described here, or described and gone, stops the generator.
@@ -265,12 +267,16 @@ def with_figures(text: str) -> str:
     FILE is a benchmark's result; shapes are named by how they begin. The first row of a shape is what the others are
     compared with.
     """
-    return FIGURES.sub(lambda found: f"{found[1]}\n\n{_figures(found[2], found[3].split('; '))}\n{found[4]}", text)
+    return FIGURES.sub(
+        lambda found: f"{found[1]}\n\n{_figures(found[2], found[3].split('; '), found[4])}\n{found[5]}", text
+    )
 
 
-def _figures(path: str, wanted: list[str]) -> str:
+def _figures(path: str, wanted: list[str], only: str | None) -> str:
+    """The rows whose shapes begin as ``wanted`` says, of every implementation or of ``only`` those named."""
     results = Results.load(ROOT / path)
-    rows = [row for shape in wanted for row in results.rows if row.shape.startswith(shape)]
+    impls = only.split(", ") if only else {row.impl for row in results.rows}
+    rows = [row for shape in wanted for row in results.rows if row.shape.startswith(shape) and row.impl in impls]
     first = {row.shape: row.ms for row in reversed(rows)}
     missing = [shape for shape in wanted if not any(row.shape.startswith(shape) for row in rows)]
     if missing:
@@ -278,9 +284,13 @@ def _figures(path: str, wanted: list[str]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     lines = _table(
         ("shape", "what", "ms", "of the first"),
-        [(row.shape, f"`{row.impl}`", f"{row.ms:.2f}", f"{row.ms / first[row.shape]:.2f}") for row in rows],
+        [(row.shape, f"`{row.impl}`", _milliseconds(row.ms), f"{row.ms / first[row.shape]:.2f}") for row in rows],
     )
     return "\n".join([f"{results.device}, {results.date}, {versions}: [{Path(path).name}](../{path})\n", *lines])
+
+
+def _milliseconds(ms: float) -> str:
+    return f"{ms:.2f}" if ms >= 1 else f"{ms:.4f}"
 
 
 def _printed(command: str) -> str:
