@@ -155,6 +155,10 @@ INTEGER: list[Case] = [
     ("v_mbcnt_lo_u32_b32 v0, -1, 0", {}, {"v0": np.minimum(LANE, 32)}),
     ("v_mbcnt_hi_u32_b32 v0, -1, v1", {"v1": 100}, {"v0": 100 + np.maximum(LANE - 32, 0)}),
     # sdwa: a half of a register as the operand
+    ("v_lshlrev_b32_sdwa v0, v1, sext(v2) dst_sel:DWORD dst_unused:UNUSED_PAD src0_sel:DWORD src1_sel:WORD_0",
+     {"v1": 4, "v2": 0x7FFF0000 + (0xFFFF - LANE)}, {"v0": -(LANE + 1) << 4}),
+    ("v_add_u32_sdwa v0, sext(v1), v2 dst_sel:DWORD dst_unused:UNUSED_PAD src0_sel:BYTE_2 src1_sel:DWORD",
+     {"v1": (0x80 + LANE) << 16 | 0x7F00007F, "v2": 1000}, {"v0": 1000 - 128 + LANE}),
     ("v_lshlrev_b32_sdwa v0, v1, v2 dst_sel:DWORD dst_unused:UNUSED_PAD src0_sel:DWORD src1_sel:WORD_1",
      {"v1": 4, "v2": 0x00120034}, {"v0": 0x120}),
     ("v_mul_u32_u24_sdwa v0, v1, s2 dst_sel:DWORD dst_unused:UNUSED_PAD src0_sel:WORD_1 src1_sel:DWORD",

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attn_wave.emulator.faults import EmulationError
-from attn_wave.emulator.instructions import Instruction, Operand
+from attn_wave.emulator.instructions import Instruction, Operand, operand
 from attn_wave.emulator.operands import ReadLanes, WriteLanes, bits32, set_lanes, set_scalar32
-from attn_wave.emulator.wave import I64, LANE, U32, Action, Lanes, Wave, spread
+from attn_wave.emulator.wave import I32, I64, LANE, U32, Action, Lanes, Wave, spread
 
 Index = NDArray[Any]
 _ALL: Final = np.ones(64, bool)
@@ -60,10 +60,12 @@ class LaneReads:
 
     def read(self, op: Operand, position: int) -> ReadLanes:
         """The bits of the source at ``position``."""
-        bits = bits32(op)
+        extended = re.fullmatch(r"sext\((.+)\)", op.text) if self._sdwa else None
+        bits = bits32(operand(extended[1]) if extended else op)
         if self._sdwa and position < 2:
             how = self._modifiers.get(f"src{position}_sel", "DWORD")
-            return bits if how == "DWORD" else lambda w: _selected(spread(bits(w)), how)
+            part = _selected if extended is None else _extended
+            return bits if how == "DWORD" else lambda w: part(spread(bits(w)), how)
         if self._dpp is not None and position == 0:
             source, valid = self._dpp
             where = np.clip(source, 0, 63)
@@ -100,6 +102,14 @@ def _selected(value: Lanes, how: str) -> Lanes:
     part, _, number = how.partition("_")
     width = {"WORD": 16, "BYTE": 8}[part]
     found: Lanes = value >> U32(width * int(number)) & U32((1 << width) - 1)
+    return found
+
+
+def _extended(value: Lanes, how: str) -> Lanes:
+    """The part with its sign in the bits above it."""
+    part, _, number = how.partition("_")
+    width = {"WORD": 16, "BYTE": 8}[part]
+    found: Lanes = ((value << U32(32 - width * (int(number) + 1))).view(I32) >> I32(32 - width)).view(U32)
     return found
 
 
