@@ -1,6 +1,6 @@
 """What the SGLang adapter adds to a decode step: SGLang's torch_native attention, and its maths behind a plan.
 
-    make bench-sglang        (or: python benchmarks/engines_sglang.py [--rounds N] [--write] in .venvs/sglang)
+    make bench-sglang        (or: python benchmarks/engines_sglang.py [--rounds N] [--write] as that target calls it)
 
 A model runner of SGLang's, loaded as its own benchmark of one batch loads it, decodes batches of the same prompts with
 three attention backends in turn, over the same pool: `torch_native`, SGLang's; `same maths`, the adapter with a backend
@@ -37,8 +37,8 @@ import transformers as hf
 from attn_core import AttentionBackend, AttentionLayer, ForwardBatch
 from attn_core.bench.results import Results, Row, device_slug
 from attn_core.engines.sglang.backend import SGLangBackend
-from attn_core.planning.manifest import Manifest
 from attn_core.testing.devices import device_name
+from engine_models import llamas, manifest
 from sglang.benchmark import one_batch
 from sglang.srt.distributed import bootstrap
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
@@ -46,27 +46,9 @@ from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.server_args import PortArgs, ServerArgs
 from torch import Tensor
 
-BASE = {"vocab_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
-MODELS: dict[str, dict[str, Any]] = {
-    "2 layers of 64": {**BASE, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
-    "12 layers of 256": {**BASE, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 12},
-}  # fmt: skip
+MODELS = llamas("2 layers of 64", "12 layers of 256")
 WAYS = ("torch_native", "same maths", "attn:torch_native")
 PROMPT, STEPS, TURNS = 100, 16, 16
-MANIFEST = """
-schema = 1
-name = "same_maths"
-protocol = ">=1.0,<2"
-summary = "SGLang's torch_native attention"
-[[supports]]
-phases = ["prefill", "decode"]
-device = "cpu"
-kind = "mha"
-dtypes = ["float32"]
-head_dims = "any"
-page_sizes = [1]
-kv_layouts = ["NHD"]
-"""
 
 
 class SameMaths(AttentionBackend):
@@ -216,7 +198,7 @@ def main() -> None:
         torch.set_num_threads(1)
         random.seed(0)
         gc.disable()  # between rounds only
-        attn_core.register(SameMaths, Manifest.parse(MANIFEST))
+        attn_core.register(SameMaths, manifest(SameMaths.name, "SGLang's torch_native attention", page_sizes="[1]"))
         options.rows.write_text(json.dumps([asdict(row) for row in measure(options.model, options.rounds)]))
         return
     heads = " ".join(f"{head:>8}" for head in ("SGLang", "same", "native", "added"))

@@ -28,40 +28,17 @@ import transformers as hf
 from attn_core import AttentionBackend, AttentionLayer, ForwardBatch
 from attn_core.bench.results import Results, Row, device_slug
 from attn_core.engines.transformers import PagedCache, register
-from attn_core.planning.manifest import Manifest
 from attn_core.testing.devices import device_name
+from engine_models import llamas, manifest
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-BASE = {"vocab_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
-MODELS: dict[str, dict[str, Any]] = {
-    "2 layers of 64": {**BASE, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
-    "12 layers of 256": {**BASE, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 12},
-    "SmolLM2-135M's": {
-        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 512,
-        "tie_word_embeddings": True,
-    },
-}  # fmt: skip
+MODELS = llamas("2 layers of 64", "12 layers of 256", "SmolLM2-135M's")
 #: the ways, and their attn_implementation
 WAYS = {"sdpa": "sdpa", "same kernels": "attn-same_kernels", "torch_native": "attn-torch_native"}
 #: how many times the rounds of the largest: differences of microseconds need more
 MORE = {"2 layers of 64": 30, "12 layers of 256": 4, "SmolLM2-135M's": 1}
 PROMPT, WARM_UP, STEPS, TURNS = 200, 9, 16, 16
-MANIFEST = """
-schema = 1
-name = "same_kernels"
-protocol = ">=1.0,<2"
-summary = "torch.cat and scaled_dot_product_attention, as transformers calls them"
-[[supports]]
-phases = ["prefill", "decode"]
-device = "cpu"
-kind = "mha"
-dtypes = ["float32"]
-head_dims = "any"
-page_sizes = "any"
-kv_layouts = ["NHD"]
-"""
 
 
 class SameKernels(AttentionBackend):
@@ -161,7 +138,7 @@ def main() -> None:
     torch.set_num_threads(1)
     random.seed(0)
     gc.disable()  # between rounds only
-    attn_core.register(SameKernels, Manifest.parse(MANIFEST))
+    attn_core.register(SameKernels, manifest(SameKernels.name, "transformers' kernels", page_sizes='"any"'))
     register()
     print(
         f"{'model':18} {'sdpa':>8} {'same':>8} {'native':>8} {'added':>8} {'share':>7}   (milliseconds of CPU a step)"

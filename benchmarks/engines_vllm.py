@@ -32,38 +32,15 @@ import torch
 import transformers as hf
 from attn_core import AttentionBackend, AttentionLayer, ForwardBatch
 from attn_core.bench.results import Results, Row, device_slug
-from attn_core.planning.manifest import Manifest
 from attn_core.testing.devices import device_name
+from engine_models import llamas, manifest
 from torch import Tensor
 from vllm import LLM, SamplingParams
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-BASE = {"vocab_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
-MODELS: dict[str, dict[str, Any]] = {
-    "2 layers of 128": {**BASE, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2},
-    "12 layers of 256": {**BASE, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 12},
-    "SmolLM2-135M's": {
-        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 512,
-        "tie_word_embeddings": True,
-    },
-}  # fmt: skip
+MODELS = llamas("2 layers of 128", "12 layers of 256", "SmolLM2-135M's")
 PROMPT, TURNS, STEPS = 100, 30, 10
-MANIFEST = """
-schema = 1
-name = "same_maths"
-protocol = ">=1.0,<2"
-summary = "vLLM's CPU kernels"
-[[supports]]
-phases = ["prefill", "decode"]
-device = "cpu"
-kind = "mha"
-dtypes = ["float32"]
-head_dims = "any"
-page_sizes = [{ multiple_of = 32 }]
-kv_layouts = ["HND"]
-"""
 
 
 class SameMaths(AttentionBackend):
@@ -178,7 +155,9 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="benchmarks/results/DEVICE/engines_vllm.json")
     asked = parser.parse_args()
     random.seed(0)
-    attn_core.register(SameMaths, Manifest.parse(MANIFEST))
+    attn_core.register(
+        SameMaths, manifest(SameMaths.name, "vLLM's CPU kernels", page_sizes="[{ multiple_of = 32 }]", kv_layout="HND")
+    )
     heads = " ".join(f"{head:>8}" for head in ("CPU_ATTN", "same", "native", "added"))
     print(f"{'model':30} {heads} {'share':>7}   (milliseconds of CPU for a step)", flush=True)
     rows = [row for name in asked.models for requests in (1, 8) for row in measure(name, requests, asked.turns)]

@@ -189,3 +189,10 @@ def test_a_person_gets_a_table_in_colour_unless_they_say_no(site: Site) -> None:
     assert "\x1b[3" not in plain
     assert "torch_native" in plain
     assert "\x1b[" not in site.attn("list-backends").out
+
+
+def test_words_stay_whole_in_80_columns(site: Site) -> None:
+    site.plugin("flashinfer_mla", dist="attn-flashinfer")
+    table = _on_a_terminal(site, "list-backends", NO_COLOR="1", COLUMNS="80")
+    words = {word for line in table.splitlines() for word in line.split()}
+    assert {"flashinfer_mla", "attn-flashinfer", "torch_native", "attn-core"} <= words
