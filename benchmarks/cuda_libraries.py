@@ -2,7 +2,7 @@
 
 python benchmarks/cuda_libraries.py site FOLDER           metadata of the working tree's distributions
 python benchmarks/cuda_libraries.py verify NAME --tier contract --out FOLDER --workers 4 --max-seconds 90
-python benchmarks/cuda_libraries.py traps mixed models speed host --out FOLDER
+python benchmarks/cuda_libraries.py traps mixed models speed host layers --out FOLDER
 python benchmarks/cuda_libraries.py trap NAME             one trap, in this process
 python benchmarks/cuda_libraries.py cases NAME ID...      cases of the kit, one after the other
 """
@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--max-cases", type=int)
     parser.add_argument("--max-seconds", type=float)
     parser.add_argument("--seconds", type=float, default=0.15)
+    parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--backends", default="fa3,flashinfer,flashmla,flashinfer_mla")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
@@ -77,6 +78,14 @@ def _run(what: str, given: argparse.Namespace) -> None:
 
         write_rows(given.out / "cuda_host.json", host_rows())
         return
+    if what == "layers":
+        from cuda.layers import layer_rows
+
+        found = []
+        for layer_row in layer_rows(given.backends.split(","), given.rounds):
+            found.append(layer_row)
+            write_rows(given.out / "cuda_layers.json", found)
+        return
     if what == "traps":
         from cuda.traps import run_traps as run
     elif what == "mixed":
@@ -84,7 +93,7 @@ def _run(what: str, given: argparse.Namespace) -> None:
     elif what == "models":
         from cuda.models import run_models as run
     else:
-        raise SystemExit(f"{what!r}: one of site, verify, speed, traps, mixed, models, host")
+        raise SystemExit(f"{what!r}: one of site, verify, speed, traps, mixed, models, host, layers")
     path = given.out / "cuda_models.json"
     before = json.loads(path.read_text())["rows"] if path.exists() else []
     write_rows(path, [*before, *({"part": what, **row} for row in run())])

@@ -7,6 +7,7 @@
 #                    the backends of SHARES (name:processes) side by side for VERIFY seconds, in the tier TIER; beside
 #                    them what ALSO names of models, mixed and traps, and the single CASES (a name, then ids)
 #   gpu.sh measure   times them on the quiet machine, beside their libraries; models, mixed plans and traps
+#   gpu.sh layers    what a layer costs the host above its library's own call, on the quiet machine
 #   gpu.sh fa4       needs .gpu4 (pack.sh OUT fa4): verifies fa4 for VERIFY seconds and times it
 # A machine that is still warm has what was unpacked before, and needs nothing carried again.
 set -u
@@ -21,7 +22,7 @@ unpack() { # archives into a folder, all at once, each only once
   done; wait
 }
 case $stage in
-  unpack | modules | tiers | measure) unpack "$S" .gpu/*/site.tar.xz; unpack "$S/flashinfer/data/aot" .gpumod/*.tar.xz ;;
+  unpack | modules | tiers | measure | layers) unpack "$S" .gpu/*/site.tar.xz; unpack "$S/flashinfer/data/aot" .gpumod/*.tar.xz ;;
   fa4) unpack "$S" .gpu4/*/site.tar.xz; export FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1 ;;
   *) echo "unknown stage $stage" >&2; exit 2 ;;
 esac
@@ -52,10 +53,13 @@ case $stage in
     [ "${HOST:-45}" = 0 ] || { lib "${HOST:-45}" host host; bring "host costs"; }
     [ "${MODELS:-80}" = 0 ] || { lib "${MODELS:-80}" models models mixed traps; bring "models, mixed plans and traps"; }
     lib "${SPEED:-80}" speed speed --backends "${TIMED:-flashinfer,fa3,flashmla,flashinfer_mla}" --seconds 0.06; bring "speed" ;;
+  layers)
+    lib "${LAYERS:-40}" layers layers --backends "${TIMED:-flashinfer_mla,flashmla,flashinfer,fa3}" --rounds "${ROUNDS:-60}"; bring layers ;;
   fa4)
     TIER=${TIER:-contract}; VERIFY=${VERIFY:-110}
     check fa4 15; bring verified
-    lib "${SPEED:-60}" speed speed --backends fa4 --seconds 0.08; bring timed ;;
+    lib "${SPEED:-60}" speed speed --backends fa4 --seconds 0.08; bring timed
+    lib "${LAYERS:-30}" layers layers --backends fa4 --rounds "${ROUNDS:-60}"; bring layers ;;
 esac
 for f in "$R"/log-*.txt; do echo "== $f"; tail -n 4 "$f" | cut -c1-300; done
-grep -h "of the library" "$R"/log-speed.txt 2>/dev/null | cut -c1-200; grep -h "^\[\(host\|traps\|models\|mixed\|cases\)\]" "$R"/log-*.txt | cut -c1-240
+grep -h "of the library" "$R"/log-speed.txt 2>/dev/null | cut -c1-200; grep -h "^\[\(host\|layers\|traps\|models\|mixed\|cases\)\]" "$R"/log-*.txt | cut -c1-240

@@ -1,4 +1,4 @@
-"""Times each backend beside its library, called directly with the same metadata, in CUDA graphs and on the host."""
+"""Times each backend beside its library, called directly with the same metadata, in CUDA graphs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from attn_core.bench.results import Row
 from attn_core.bench.run import Workload, row
 from attn_core.bench.shapes import SHAPES, Shape
-from attn_core.bench.timing import time_graph, time_host
+from attn_core.bench.timing import time_graph
 from attn_core.planning.config import AttentionConfig
 from attn_core.planning.discovery import discover
 from attn_core.planning.plan import plan
@@ -65,13 +65,10 @@ def _pair(name: str, shape: Shape, seconds: float) -> Iterator[Row]:
         times["ours"].append(time_graph(forward, seconds=seconds))
         times["direct"].append(time_graph(direct, seconds=seconds))
     ours, theirs = min(times["ours"]), min(times["direct"])
-    # likewise, five times: what else the machine does then, neither had to wait for
-    host = [[time_host(call, DEVICE, repeats=60) for call in (forward, direct)] for _ in range(5)]
-    host_ours, host_theirs = (min(times) for times in zip(*host, strict=True))
-    note = f"host {host_ours:.1f} us, library {host_theirs:.1f} us; {ours / theirs:.3f} of the library"
+    note = f"{ours / theirs:.3f} of the library"
     print(
         f"[speed] {name:15s} {shape.name:28s} {ours:.4f} ms, direct {theirs:.4f} ms; err {error:.1e}; {note}",
         flush=True,
     )
     yield row(shape, f"attn:{name}", ours, itemsize=2, err=error, note=note)
-    yield row(shape, name, theirs, itemsize=2, note=f"host {host_theirs:.1f} us")
+    yield row(shape, name, theirs, itemsize=2)
