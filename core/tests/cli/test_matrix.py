@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from attn_core.cli.matrix import BEGIN, END
 from attn_core.errors import CheckFailedError
-from attn_core.planning.discovery import BackendRef
+from attn_core.planning.discovery import BackendRef, discover
 from attn_core.planning.manifest import Manifest
-from attn_core.testing.matrix import matrix, to_html, to_json, to_markdown
+from attn_core.testing.fingerprint import code_hashes
+from attn_core.testing.matrix import Row, to_html, to_json, to_markdown
+from attn_core.testing.matrix import matrix as matrix_of
 from attn_core.testing.proof import Evidence, best_level, read_evidence
 
 from .conftest import MANIFEST, Site
@@ -22,7 +24,11 @@ REF = BackendRef(
 
 
 def run(level: str = "silicon", date: str = "2026-11-22", device: str = "H100", **outcomes: str) -> Evidence:
-    return Evidence("mine", "attn-mine", "1.0", device, level, date, outcomes, "x.json")
+    return Evidence("mine", "attn-mine", "1.0", device, level, date, outcomes, "x.json", code="c0de")
+
+
+def matrix(refs: list[BackendRef], runs: list[Evidence], code: str = "c0de") -> list[Row]:
+    return matrix_of(refs, runs, lambda _ref: code)
 
 
 def document(**changes: Any) -> dict[str, Any]:
@@ -87,6 +93,28 @@ def test_what_is_not_claimed_and_not_refused_has_failed() -> None:
 def test_a_run_of_another_version_says_so() -> None:
     older = run(sliding_window="proved")._replace(version="0.9")
     assert "proved, silicon [1] of 0.9" in to_markdown(matrix([REF], [older]))
+
+
+@pytest.mark.parametrize(
+    ("recorded", "installed", "mark", "words", "code"),
+    [
+        ("c0de", "c0de", "", "", "same"),
+        ("c0de", "0dd", "†", "code edited since", "edited"),
+        ("", "c0de", "‡", "the run did not record its code", "unknown"),
+    ],
+)
+def test_a_run_of_other_code_says_so(recorded: str, installed: str, mark: str, words: str, code: str) -> None:
+    """In one version, too: what was proved is code, and what is here may have been edited since."""
+    rows = matrix([REF], [run(sliding_window="proved")._replace(code=recorded)], installed)
+    text = to_markdown(rows)
+    assert f"| proved, silicon [1]{mark} |" in text
+    assert f"| Has run | silicon [1]{mark} |" in text
+    assert ("†" in text, "‡" in text) == (mark == "†", mark == "‡")
+    assert text.endswith(f"\n{mark} {words}" if mark else "\n[1] silicon: H100, 2026-11-22")
+    cell = rows[0].features["sliding_window"]
+    assert str(cell) == "proved: silicon, H100, 2026-11-22" + (f" ({words})" if words else "")
+    assert cell.to_json()["runs"][0]["code"] == code
+    assert to_html(rows).count(f" ({words})" if words else "†") == (4 if words else 0)
 
 
 def test_the_evidence_of_another_distribution_proves_nothing() -> None:
@@ -168,10 +196,33 @@ def test_a_plugin_may_ship_its_evidence(site: Site) -> None:
     (top / "evidence" / "chip").mkdir(parents=True)
     (top / "evidence" / "chip" / "good.json").write_text(json.dumps(document()))
     rows = {each["name"]: each for each in site.attn("matrix", "--format", "json").json["backends"]}
-    proof = {"level": "silicon", "device": "a chip", "date": "2026-11-22", "version": "1.2.3"}
+    proof = {"level": "silicon", "device": "a chip", "date": "2026-11-22", "version": "1.2.3", "code": "unknown"}
     assert rows["good"]["features"]["sliding_window"] == {"state": "proved", "runs": [proof]}
     listed = {each["name"]: each for each in site.attn("list-backends", "--json").json["backends"]}
     assert listed["good"]["evidence"] == "silicon"
+
+
+def test_what_was_edited_since_it_was_proved_is_told_apart(site: Site) -> None:
+    """Whoever edits a kernel sees in the matrix that its proof is of other code; a note changes nothing."""
+    top = site.plugin("good")
+    ref = next(ref for ref in discover([str(site.folder)]).backends if ref.name == "good")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(site.folder))
+        code = code_hashes(ref)
+    assert set(code) == {"attn-core", "attn-good"}
+    (top / "evidence" / "chip").mkdir(parents=True)
+    (top / "evidence" / "chip" / "good.json").write_text(json.dumps(document(code=code)))
+
+    def standing() -> Any:
+        rows = {each["name"]: each for each in site.attn("matrix", "--format", "json").json["backends"]}
+        return rows["good"]["features"]["sliding_window"]["runs"][0]["code"]
+
+    assert standing() == "same"
+    (top / "NOTES.txt").write_text("no code")
+    assert standing() == "same"
+    (top / "more.py").write_text("# edited")
+    assert standing() == "edited"
+    assert "(code edited since)" in site.attn("info", "good").out
 
 
 def test_documents_carry_it_and_a_stale_one_fails_the_check(site: Site) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import importlib.util
 import json
 import os
 import platform
@@ -13,43 +11,25 @@ import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from attn_core.planning.discovery import BackendRef
 from attn_core.planning.distributions import scan
 from attn_core.testing.devices import Place
+from attn_core.testing.fingerprint import code_hashes, kit_hash
 from attn_core.testing.proof import EVIDENCE_SCHEMA, EVIDENCE_VERSION
 from attn_core.testing.report import Report
 
-#: The files of a package that decide what it computes.
-_CODE: Final = (".py", ".toml", ".json", ".so", ".xz", ".hsaco", ".cubin", ".ptx", ".cu", ".cpp")
-
 
 def facts(ref: BackendRef, place: Place) -> dict[str, Any]:
-    """Who was tested, where, and the versions of everything that took part."""
+    """Who was tested, where, and the versions of everything that took part; of one version, two states of the code."""
     return {
         "distribution": {"name": ref.dist, "version": ref.version},
         "device": {"name": place.name, "system": place.system.device},
         "versions": {**versions(ref), **place.versions},
-        "code": {name: code_hash(module) for name, module in _packages(ref).items()},
+        "code": code_hashes(ref),
+        "kit": kit_hash(),
     }
-
-
-def _packages(ref: BackendRef) -> dict[str, str]:
-    """The packages whose code took part: distribution -> top-level module."""
-    return {"attn-core": "attn_core", ref.dist: ref.object.partition(":")[0].partition(".")[0]}
-
-
-def code_hash(module: str) -> str:
-    """Twelve digits of the SHA-256 over every file of a package: two checkouts of one version are told apart."""
-    spec = importlib.util.find_spec(module)
-    folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
-    digest = hashlib.sha256()
-    files = {path.relative_to(folder): path for folder in folders for path in folder.rglob("*")}
-    for inner, path in sorted(files.items()):
-        if path.suffix in _CODE and inner.parts[0] != "evidence":  # which the core's wheel carries
-            digest.update(inner.as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def versions(ref: BackendRef) -> dict[str, str]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from attn_core.planning.config import FEATURES
 from attn_core.planning.discovery import BackendRef
 from attn_core.planning.manifest import HEADLINE, headline
-from attn_core.testing.proof import LEVELS, PROVING, Evidence
+from attn_core.testing.fingerprint import installed_code
+from attn_core.testing.proof import LEVELS, PROVING, Evidence, Standing
 
 #: Which outcomes of a run stand behind each headline flag; one that was proved is enough.
 _HEADLINE_FEATURES: Final[Mapping[str, tuple[str, ...]]] = {
@@ -31,13 +32,14 @@ class Cell:
     runs: tuple[Evidence, ...] = ()
 
     def __str__(self) -> str:
-        where = "; ".join(f"{run.device}, {run.date}" for run in self.runs)
+        where = "; ".join(f"{run.device}, {run.date}{_since(run)}" for run in self.runs)
         return f"{self.state}: {self.runs[0].level}, {where}" if self.runs else self.state
 
     def to_json(self) -> dict[str, Any]:
         """The same as JSON data."""
         names = ("level", "device", "date", "version")
-        return {"state": self.state, "runs": [{name: getattr(run, name) for name in names} for run in self.runs]}
+        runs = [{**{name: getattr(run, name) for name in names}, "code": run.standing} for run in self.runs]
+        return {"state": self.state, "runs": runs}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +60,35 @@ class Row:
         return {level: runs for level, runs in found.items() if runs or level == LEVELS[0]}
 
 
-def matrix(refs: Iterable[BackendRef], runs: Iterable[Evidence]) -> list[Row]:
+#: What a run's mark says of the code that it proved, beside the code that is installed here.
+_MARKS: Final[Mapping[Standing, tuple[str, str]]] = {
+    "same": ("", ""),
+    "edited": ("†", "code edited since"),
+    "unknown": ("‡", "the run did not record its code"),
+}
+
+
+def _since(run: Evidence) -> str:
+    _, words = _MARKS[run.standing]
+    return f" ({words})" if words else ""
+
+
+def matrix(
+    refs: Iterable[BackendRef], runs: Iterable[Evidence], code: Callable[[BackendRef], str] = installed_code
+) -> list[Row]:
     """A row for each backend, sorted by its listed name; ``runs`` as `read_evidence` sorts them.
 
     A cell is `proved` (runs of the kit computed it and found it right), `claimed` (the manifest says so, no run has
     computed it; runs of the levels compiled and schema show that code compiles, or that calls bind), `refused`
     (the manifest does not claim it, so a request for it is refused; with runs, the kit saw that it is) or `failed`
-    (a run contradicts the manifest). What the strongest level with anything to say has found is what counts.
+    (a run contradicts the manifest). What the strongest level with anything to say has found is what counts. Each run
+    is compared with ``code``, the hash of what is installed: a proof of other code is shown as such.
     """
     runs = list(runs)
-    return [_row(ref, [run for run in runs if run.backend == ref.name and run.dist == ref.dist]) for ref in refs]
+    return [
+        _row(ref, [run.beside(code(ref)) for run in runs if run.backend == ref.name and run.dist == ref.dist])
+        for ref in refs
+    ]
 
 
 def _row(ref: BackendRef, runs: list[Evidence]) -> Row:
@@ -127,9 +148,10 @@ class _Notes:
 
     def __init__(self) -> None:
         self._numbers: dict[tuple[str, str, str], int] = {}
+        self._marks: set[Standing] = set()
 
     def mark(self, cell: Cell, version: str) -> str:
-        """The cell in words, with the number of each run; a run of another version of the backend says so."""
+        """The cell in words, with the number of each run; a run of another version or other code says so."""
         if not cell.runs:
             return cell.state
         return f"{cell.state}, {cell.runs[0].level} {' '.join(self._mark(run, version) for run in cell.runs)}"
@@ -143,7 +165,10 @@ class _Notes:
 
     def _mark(self, run: Evidence, version: str) -> str:
         number = self._numbers.setdefault((run.level, run.device, run.date), len(self._numbers) + 1)
-        return f"[{number}]" if run.version == version else f"[{number}] of {run.version}"
+        if run.version != version:
+            return f"[{number}] of {run.version}"
+        self._marks.add(run.standing)
+        return f"[{number}]{_MARKS[run.standing][0]}"
 
     def lines(self) -> list[str]:
         return [f"[{number}] {level}: {device}, {date}" for (level, device, date), number in self._numbers.items()]
@@ -154,7 +179,8 @@ class _Notes:
             " manifest says so, and nothing has computed it; with *compiled* its code compiles, with *schema* its calls"
             " bind. *refused*: not claimed, so a request is refused before anything runs."
         )
-        return "  \n".join([legend, *self.lines()])
+        marks = [f"{mark} {words}" for standing, (mark, words) in _MARKS.items() if mark and standing in self._marks]
+        return "  \n".join([legend, *self.lines(), *marks])
 
 
 def _markdown_table(rows: list[Row], columns: Mapping[str, tuple[str, str]], notes: _Notes) -> str:
@@ -195,7 +221,8 @@ def _html_runs(row: Row) -> str:
     import html
 
     texts = [
-        f"{level}: {', '.join(run.device for run in runs) if runs else 'never run'}" for level, runs in row.ran.items()
+        f"{level}: {', '.join(run.device + _since(run) for run in runs) if runs else 'never run'}"
+        for level, runs in row.ran.items()
     ]
     return f"<td>{'<br>'.join(map(html.escape, texts))}</td>"
 
@@ -203,7 +230,8 @@ def _html_runs(row: Row) -> str:
 def _html_cell(cell: Cell) -> str:
     import html
 
-    where = "<br>".join(html.escape(f"{run.level}, {run.device}, {run.date}, {run.version}") for run in cell.runs)
+    runs = (f"{run.level}, {run.device}, {run.date}, {run.version}{_since(run)}" for run in cell.runs)
+    where = "<br>".join(map(html.escape, runs))
     return f'<td class="{cell.state}">{cell.state}{f"<br><small>{where}</small>" if where else ""}</td>'
 
 

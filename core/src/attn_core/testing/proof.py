@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from attn_core.errors import CheckFailedError
 from attn_core.planning.discovery import BackendRef
@@ -23,8 +23,15 @@ LEVELS: Final = ("silicon", "isa-emulated", "contract-emulated", "compiled", "sc
 PROVING: Final = LEVELS[:3]
 
 
+#: The code that a run has proved beside what is installed here; `unknown` where either has no hash.
+Standing = Literal["same", "edited", "unknown"]
+
+
 class Evidence(NamedTuple):
-    """What one run of the kit found: which backend, where, how, when, and the outcome of each feature."""
+    """What one run of the kit found: which backend, where, how, when, and the outcome of each feature.
+
+    code: the hash of the backend's own code, empty in runs that recorded none.
+    """
 
     backend: str
     dist: str
@@ -34,6 +41,13 @@ class Evidence(NamedTuple):
     date: str
     outcomes: Mapping[str, str]
     source: str
+    code: str = ""
+    standing: Standing = "unknown"
+
+    def beside(self, installed: str) -> Evidence:
+        """The same run, compared with the code that is ``installed``: a hash, or empty."""
+        known = bool(self.code and installed)
+        return self._replace(standing="unknown" if not known else "same" if self.code == installed else "edited")
 
     @classmethod
     def parse(cls, data: Mapping[str, Any], source: str) -> Evidence:
@@ -54,6 +68,7 @@ class Evidence(NamedTuple):
                 date=data["date"],
                 outcomes={name: entry["outcome"] for name, entry in data["features"].items()},
                 source=source,
+                code=str(data.get("code", {}).get(data["distribution"]["name"], "")),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckFailedError(
