@@ -73,7 +73,7 @@ def step_of(batch: ForwardBatch) -> Step:
     encoder = None
     if batch.encoder_seq_lens is not None and batch.encoder_page_table is not None:
         encoder = Keys(
-            batch.encoder_seq_lens,
+            _aligned(batch.encoder_seq_lens),
             _rows(batch.encoder_page_table),
             batch.max_encoder_seq_len,
             _listed(batch.encoder_seq_lens_cpu),
@@ -84,9 +84,9 @@ def step_of(batch: ForwardBatch) -> Step:
         max_query_len=batch.max_query_len,
         single=batch.mode is ForwardMode.DECODE,
         verify=batch.mode is ForwardMode.TARGET_VERIFY,
-        starts=batch.query_start_loc,
-        slots=batch.slot_mapping,
-        own=Keys(batch.seq_lens, _rows(batch.page_table), batch.max_seq_len, _listed(batch.seq_lens_cpu)),
+        starts=_aligned(batch.query_start_loc),
+        slots=_aligned(batch.slot_mapping),
+        own=Keys(_aligned(batch.seq_lens), _rows(batch.page_table), batch.max_seq_len, _listed(batch.seq_lens_cpu)),
         encoder=encoder,
         encoder_slots=batch.encoder_slot_mapping,
         tree=tree,
@@ -113,7 +113,14 @@ def tree_bits(batch: ForwardBatch) -> Tensor | None:
 
 
 def _rows(table: Tensor) -> Tensor:
-    return table if table.stride(-1) == 1 else table.contiguous()
+    return _aligned(table if table.stride(-1) == 1 else table.contiguous())
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """``tensor``, copied if it does not begin at 16 bytes, as a part of a mixed batch may: kernels are compiled for
+    whether addresses do, and no step may wait for a compiler.
+    """
+    return tensor.clone() if tensor.data_ptr() & 15 else tensor
 
 
 def _listed(lengths: Tensor | None) -> list[int] | None:

@@ -13,6 +13,8 @@ from attn_core.runtime.batch import ForwardBatch, ForwardMode, TreeMask
 from attn_core.runtime.kv_cache import TORCH_DTYPES
 from attn_core.runtime.layer import AttentionLayer
 
+from attn_triton.route import FEW_ROWS
+
 if TYPE_CHECKING:
     from attn_triton.backend import TritonBackend
 
@@ -21,16 +23,20 @@ if TYPE_CHECKING:
 BATCH_SIZES = (*range(1, 49), 64, 65, 128, 129, 256)
 #: Keys of a request: every number of pieces that a merge is compiled for, and what is long on any chip.
 KEYS = (1, 128, 256, 512, 1024, 16384, 1 << 20)
-#: Prompts of one length, and of lengths so different that row blocks are mapped.
-PROMPTS = ((128, 128), (1, 1, 1, 384))
+#: Prompts of one length, and of lengths so different that row blocks are mapped: by the next power of two of how many.
+PROMPTS = ((128, 128), *((1,) * (size - 1) + (384,) for size in (2, 4, 8, 16, 32, 64, 128, 256)))
 
 
 def warm_batches(config: AttentionConfig, page_size: int, device: torch.device) -> Iterator[ForwardBatch]:
     """Batches over the null page, nothing written: decode, verify, prompts, with and without lengths that the host
     knows. They are long on the host only: on the device every request has a key or few, so that they cost nothing.
+    Prompts with few rows (the rest of one that was cached, a chunk) are split over programs like a decode step.
     """
     for size in BATCH_SIZES:
         yield from _as_known(_batch(ForwardMode.DECODE, (1,) * size, page_size, config, device))
+    for new in few_tokens(config):
+        for size in BATCH_SIZES:
+            yield from _as_known(_batch(ForwardMode.EXTEND, (new,) * size, page_size, config, device))
     for prompts in PROMPTS:
         batch = _batch(ForwardMode.EXTEND, prompts, page_size, config, device)
         yield batch
@@ -45,6 +51,12 @@ def warm_batches(config: AttentionConfig, page_size: int, device: torch.device) 
             batch.tree = TreeMask.from_parents(parents.repeat(size, 1))
         yield from _as_known(batch)
         yield _batch(ForwardMode.DRAFT_EXTEND, (drafts,) * size, page_size, config, device)
+
+
+def few_tokens(config: AttentionConfig) -> list[int]:
+    """New tokens of a request, a number for every power of two of rows up to FEW_ROWS that some layer has with them."""
+    least = min((kind.num_q_heads // kind.num_kv_heads for kind in config.cached_kinds), default=FEW_ROWS + 1)
+    return [1 << n for n in range(FEW_ROWS.bit_length()) if least << n <= FEW_ROWS]
 
 
 def _as_known(batch: ForwardBatch) -> Iterator[ForwardBatch]:
