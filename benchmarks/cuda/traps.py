@@ -60,15 +60,16 @@ def run_trap(name: str) -> dict[str, Any]:
     return {"found": text, "right": right}
 
 
-def _step(kind: LayerKind, lens: list[int], page: int, query: list[int] | None = None):
+def _step(kind: LayerKind, lens: list[int], page: int, query: list[int] | None = None, cached: str = "auto"):
     torch.manual_seed(0)
     layout = "MLA" if kind.kind == "mla" else "NHD"
-    config = AttentionConfig(layers=(kind,), page_size=page, kv_layout=layout, max_context_len=max(lens))
+    config = AttentionConfig(
+        layers=(kind,), page_size=page, kv_layout=layout, max_context_len=max(lens), kv_cache_dtype=cached
+    )
     cache = KVCache.allocate(config, num_pages=256, device="cuda")
-    cache.k(0).normal_()
-    values = cache.v(0)
-    if values is not None:
-        values.normal_()
+    for pool in (cache.k(0), cache.v(0)):
+        if pool is not None:
+            pool.copy_(torch.randn(pool.shape, device="cuda"))
     query = query or [1] * len(lens)
     mode = ForwardMode.DECODE if set(query) == {1} else ForwardMode.EXTEND
     first, pages = 1, []
@@ -216,6 +217,40 @@ def flashmla_empty_rows() -> Found:
     return f"output and log-sum-exp of a row without keys: {found}; ours maps +inf to -inf", found[1] == math.inf
 
 
+def flashmla_large_queries() -> Found:
+    from attn_mla.flashmla import FlashMLABackend
+
+    config, cache, batch, q = _step(LATENT, [300, 130, 64], 64, cached="fp8_e4m3")
+    backend, layer = FlashMLABackend(config, cache), AttentionLayer.of_kind(LATENT, 0)
+    backend.init_forward_metadata(batch)
+    q[0, 0, 0] = 1000.0
+    _, lse = backend.forward(q, None, None, layer, batch, return_lse=True)
+    (_, right), (_, cut) = (reference(one, layer, batch, cache) for one in (q, q.clamp(-448, 448)))
+    errors = _error(lse, right), _error(lse, cut)
+    q[0, 0, 0] = 1e6
+    out, lse = backend.forward(q, None, None, layer, batch, return_lse=True)
+    lost = out.isnan().flatten(2).any(-1).nonzero().tolist()
+    others = _error(lse[1:], reference(q, layer, batch, cache)[1][1:])
+    text = f"a query of 1000: error of the log-sum-exp {errors[0]:.1e}, of one cut at 448 {errors[1]:.1e}"
+    found = f"one of 1e6: NaN in the rows and heads {lost}, error of the other requests {others:.1e}"
+    return f"{text}; {found}", errors[0] < 0.05 < errors[1] and lost == [[0, 0]] and others < 0.02
+
+
+def flashinfer_mla_on_fa2() -> Found:
+    from attn_flashinfer.mla import FlashInferMLABackend
+
+    errors = {}
+    for name, lens, query in (("decode", [300, 77], None), ("prefill", [300, 77], [300, 20])):
+        config, cache, batch, q = _step(LATENT, lens, 16, query)
+        backend, layer = FlashInferMLABackend(config, cache), AttentionLayer.of_kind(LATENT, 0)
+        backend._kernels = "fa2"  # what chips other than Hopper get
+        backend.init_forward_metadata(batch)
+        out, lse = backend.forward(q, None, None, layer, batch, return_lse=True)
+        wanted = reference(q, layer, batch, cache)
+        errors[name] = [_error(*pair) for pair in zip((out, lse), wanted, strict=True)]
+    return f"errors of out and log-sum-exp: {errors}", max(map(max, errors.values())) < CLOSE
+
+
 TRAPS = (
     fa3_build_refuses,
     fa3_softcap_raises,
@@ -226,4 +261,6 @@ TRAPS = (
     flashinfer_lse_is_base_2,
     flashmla_needs_legacy,
     flashmla_empty_rows,
+    flashmla_large_queries,
+    flashinfer_mla_on_fa2,
 )

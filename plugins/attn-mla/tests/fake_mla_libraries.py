@@ -2,7 +2,8 @@
 
 Kept from the real ones: FlashMLA wants pages of 64 and ``use_legacy`` for its dense kernel, fills its schedule at the
 first call and silently reuses it for other lengths, and gives +inf as log-sum-exp of a row without keys; TRT-LLM's
-log-sum-exp is in base 2 unless asked otherwise, its pages are of 32 or 64 tokens and its workspace begins zeroed.
+log-sum-exp is in base 2 unless asked otherwise, its pages are of 32 or 64 tokens, its workspace begins
+zeroed, and it has no kernels for more than 64 and fewer than 128 heads.
 """
 
 from __future__ import annotations
@@ -107,6 +108,11 @@ class FakeLibraries:
             assert not workspace_buffer.any(), "counters must start at zero"
             assert max_seq_len >= int(seq_lens.max())
             assert query.dtype == kv_cache.dtype
+            assert not 64 < query.shape[2] < 128, "trtllm-gen MLA decode does not support 64 < num_heads_q < 128"
+            assert isinstance(bmm1_scale, Tensor) == isinstance(bmm2_scale, Tensor), "two numbers, or two tensors"
+            if isinstance(bmm1_scale, Tensor):
+                assert bmm1_scale.dtype == bmm2_scale.dtype == torch.float32
+                bmm1_scale, bmm2_scale = float(bmm1_scale), float(bmm2_scale)
             assert out is None or out.dtype == torch.bfloat16
             found, natural = decode(
                 query.bfloat16(), kv_cache, block_tables, seq_lens, kv_lora_rank, bmm1_scale, query.shape[1] > 1
@@ -137,6 +143,6 @@ def decode(q: Tensor, cache: Tensor, table: Tensor, lens: Tensor, width: int, sc
             scores = scores.masked_fill(~seen, float("-inf"))
         if count:
             lse[b] = torch.logsumexp(scores, -1).float()
-            weights = torch.nan_to_num(torch.softmax(scores, -1))
+            weights = torch.softmax(scores, -1).masked_fill((scores == float("-inf")).all(-1, keepdim=True), 0.0)
             out[b] = torch.einsum("hqk,kd->qhd", weights, latent[:, :width]).to(q.dtype)
     return out, lse

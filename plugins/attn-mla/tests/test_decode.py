@@ -54,7 +54,7 @@ def queries(batch: ForwardBatch, heads: int = 4) -> torch.Tensor:
 
 @pytest.mark.parametrize("cls", BACKENDS)
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("heads", [1, 3, 16])
+@pytest.mark.parametrize("heads", [1, 3, 16, 65, 127, 128])
 def test_every_step_is_right(fake: FakeLibraries, cls: type[AttentionBackend], step: str, heads: int) -> None:
     torch.manual_seed(0)
     config, batch = config_of(heads), batch_of(*STEPS[step])
@@ -85,13 +85,34 @@ def test_an_fp8_latent_is_read_with_queries_in_e4m3(
     for layer_id in range(2):
         layer = AttentionLayer.of_kind(config.layers[0], layer_id, k_scale=k_scale)
         q, k = queries(batch), torch.randn(batch.num_tokens, 1, 576).bfloat16()
-        q[0, 0, :3] = torch.tensor([500.0, -500.0, 2.0**-6])  # the ends of the range
+        q[0, 0, :3] = torch.tensor([500.0, -500.0, 2.0**-6])  # more than e4m3 holds at a scale of 1, and little
         out, lse = backend.forward(q, k, None, layer, batch, return_lse=True)
-        rounded = q.clamp(-448, 448).to(torch.float8_e4m3fn).bfloat16()
+        rounded = 2 * (q / 2).to(torch.float8_e4m3fn).bfloat16()
         want, want_lse = reference(rounded, layer, batch, cache)
         assert out.dtype == torch.bfloat16
         torch.testing.assert_close(out.double(), want, atol=2e-2, rtol=2e-2)
         torch.testing.assert_close(lse.double(), want_lse, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("cls", BACKENDS)
+def test_queries_that_no_scale_holds_are_nan_and_leave_the_others_alone(
+    fake: FakeLibraries, cls: type[AttentionBackend]
+) -> None:
+    torch.manual_seed(0)
+    config, batch = config_of(kv_cache_dtype="fp8_e4m3"), batch_of(*STEPS["decode"])
+    cache = random_cache(config)
+    backend, layer = cls(config, cache), AttentionLayer.of_kind(config.layers[0], 0)
+    q = queries(batch)
+    q[1, 2, 5] = 1e6
+    backend.init_forward_metadata(batch)
+    out = backend.forward(q, None, None, layer, batch)
+    assert isinstance(out, torch.Tensor)
+    assert out[1, 2].isnan().all()
+    rounded = 64 * (q / 64).clamp(-448, 448).to(torch.float8_e4m3fn).bfloat16()
+    want, _ = reference(rounded, layer, batch, cache)
+    right = torch.ones(3, 4, dtype=torch.bool)
+    right[1, 2] = False
+    torch.testing.assert_close(out.double()[right], want[right], atol=2e-2, rtol=2e-2)
 
 
 def test_an_fp8_latent_is_refused_by_a_flash_mla_without_its_kernel(

@@ -9,7 +9,6 @@ from functools import cache
 from importlib import import_module
 from typing import Any, Final
 
-import torch
 from attn_core.errors import PluginLoadError
 from attn_core.planning.config import AttentionConfig, Phase
 from attn_core.planning.reasons import Reason, reason
@@ -17,9 +16,10 @@ from attn_core.runtime.kv_cache import KVCache
 from attn_core.runtime.layer import AttentionLayer
 from torch import Tensor
 
-from attn_mla.latent_decode import LatentDecodeBackend, e4m3
+from attn_mla.latent_decode import LatentDecodeBackend
 from attn_mla.latent_step import LatentStep
 from attn_mla.library_errors import raised
+from attn_mla.queries import quantize
 
 _INSTALL: Final = "install sgl-flash-mla's wheel"
 
@@ -68,7 +68,6 @@ class FlashMLABackend(LatentDecodeBackend):
         super().__init__(config, kv_cache)
         self._library = load()
         self._pools: dict[int, Tensor] = {}
-        self._descales: dict[float, Tensor] = {}
 
     def _new_schedule(self, step: LatentStep, num_heads: int) -> Any:
         """Empty, for the first call to fill in; for an fp8 cache the kernel wants it made."""
@@ -80,13 +79,6 @@ class FlashMLABackend(LatentDecodeBackend):
                 step.seq_lens, step.query_len * num_heads, 1, is_fp8_kvcache=True, **library.hopper
             )
         return schedule
-
-    def _descale(self, scale: float) -> Tensor:
-        """[1] fp32 on the device; made by the first step, never while a graph is captured."""
-        found = self._descales.get(scale)
-        if found is None:
-            found = self._descales[scale] = torch.full((1,), scale, dtype=torch.float32, device=self.kv_cache.device)
-        return found
 
     @classmethod
     def build_reasons(cls, config: AttentionConfig, phase: Phase) -> Sequence[Reason]:
@@ -108,10 +100,12 @@ class FlashMLABackend(LatentDecodeBackend):
             pool = self._pools[layer.layer_id] = self.kv_cache.k_nhd(layer.layer_id)
         descales: dict[str, Tensor] = {}
         if self._fp8:
-            descales = {"descale_q": self._descale(1.0), "descale_k": self._descale(layer.k_scale)}
+            rows, scale = quantize(q.flatten(0, 1), step.page_table)
+            q = rows.view(q.shape)
+            descales = {"descale_q": scale, "descale_k": self._on_device(layer.k_scale)}
         try:
             found, lse = library.decode(
-                e4m3(q) if self._fp8 else q,
+                q,
                 pool,
                 block_table=step.page_table,
                 cache_seqlens=step.seq_lens,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Final
 
 import torch
 from attn_core.errors import BatchError
@@ -16,18 +15,6 @@ from torch import Tensor
 
 from attn_mla.latent_step import LatentGraphBuffers, LatentStep
 
-#: The largest number of e4m3.
-_LARGEST: Final = torch.finfo(torch.float8_e4m3fn).max
-
-
-def e4m3(q: Tensor) -> Tensor:
-    """Queries for an fp8 latent, which both libraries read with fp8 queries alone: at a scale of 1, cut off at +-448.
-
-    The libraries take one scale for the queries of a whole step. One that followed the values would let one request,
-    or a row of padding, decide how the others are rounded.
-    """
-    return q.clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
-
 
 class LatentDecodeBackend(AttentionBackend):
     """Decode and chain verify over the paged latent, for libraries that take one number of new tokens a request."""
@@ -38,12 +25,20 @@ class LatentDecodeBackend(AttentionBackend):
         super().__init__(config, kv_cache)
         self._graphs: LatentGraphBuffers | None = None
         self._fp8 = kv_cache.dtype in FP8_DTYPES
+        self._scales: dict[float, Tensor] = {}
 
     @abstractmethod
     def attend(
         self, q: Tensor, layer: AttentionLayer, step: LatentStep, return_lse: bool, out: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """q [B, query_len, Hq, 576] -> out [B, query_len, Hq, 512] and, if wanted, lse [T, Hq], natural log, fp32."""
+
+    def _on_device(self, scale: float) -> Tensor:
+        """[1] fp32 on the device; made by the first step, never while a graph is captured."""
+        found = self._scales.get(scale)
+        if found is None:
+            found = self._scales[scale] = torch.full((1,), scale, dtype=torch.float32, device=self.kv_cache.device)
+        return found
 
     def init_forward_metadata(self, batch: ForwardBatch) -> None:
         batch.plan_state = LatentStep.of(batch, name=self.name)

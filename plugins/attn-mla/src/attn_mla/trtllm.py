@@ -13,13 +13,16 @@ from attn_core.runtime.kv_cache import KVCache
 from attn_core.runtime.layer import AttentionLayer
 from torch import Tensor
 
-from attn_mla.latent_decode import LatentDecodeBackend, e4m3
+from attn_mla.latent_decode import LatentDecodeBackend
 from attn_mla.latent_step import LatentStep
 from attn_mla.library_errors import raised
+from attn_mla.queries import quantize
 
 #: Width of a query head before absorption, without its rotary part: DeepSeek's, the only one with 512 + 64.
 QK_NOPE_HEAD_DIM: Final = 128
 WORKSPACE_BYTES: Final = 128 << 20
+#: Numbers of heads between these the kernels do not have; heads of zeros are added up to the second.
+HEADS_WITHOUT_KERNEL: Final = (64, 128)
 
 
 @cache
@@ -53,13 +56,21 @@ class TRTLLMMLABackend(LatentDecodeBackend):
         self, q: Tensor, layer: AttentionLayer, step: LatentStep, return_lse: bool, out: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         batch, query_len, heads, width = q.shape
-        shape = (batch, query_len, heads, layer.v_head_dim)
+        few, many = HEADS_WITHOUT_KERNEL
+        added = many - heads if few < heads < many else 0
+        if added:
+            q, out = torch.nn.functional.pad(q, (0, 0, 0, added)), None
+        shape = (batch, query_len, heads + added, layer.v_head_dim)
         target = q.new_empty(shape) if out is None else out.view(shape)
-        key_scale = layer.k_scale if self._fp8 else 1.0
-        lse = q.new_empty(batch * query_len, heads, dtype=torch.float32) if return_lse else None
+        lse = q.new_empty(batch * query_len, heads + added, dtype=torch.float32) if return_lse else None
+        scores: float | Tensor = layer.scale
+        values: float | Tensor = 1.0
+        if self._fp8:
+            rows, scores = quantize(q.flatten(0, 1), step.page_table, layer.scale * layer.k_scale)
+            q, values = rows.view(q.shape), self._on_device(layer.k_scale)
         try:
             found = self._decode(
-                query=e4m3(q) if self._fp8 else q,
+                query=q,
                 kv_cache=self.kv_cache.k(layer.layer_id),
                 workspace_buffer=self._workspace,
                 qk_nope_head_dim=QK_NOPE_HEAD_DIM,
@@ -69,8 +80,8 @@ class TRTLLMMLABackend(LatentDecodeBackend):
                 seq_lens=step.seq_lens,
                 max_seq_len=step.max_seq_len,
                 out=target,
-                bmm1_scale=layer.scale * key_scale,
-                bmm2_scale=key_scale,
+                bmm1_scale=scores,
+                bmm2_scale=values,
                 backend="trtllm-gen",
                 lse=lse,
                 return_lse=return_lse,
@@ -78,4 +89,7 @@ class TRTLLMMLABackend(LatentDecodeBackend):
             )
         except (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError) as error:
             raise raised(error, "TRT-LLM MLA", layer, "the kernels are for sm_100 alone") from error
-        return (found[0] if return_lse else found), lse
+        target = found[0] if return_lse else found
+        if added:
+            target, lse = target[:, :, :heads], None if lse is None else lse[:, :heads]
+        return target, lse

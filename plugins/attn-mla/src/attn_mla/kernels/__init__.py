@@ -1,0 +1,1 @@
+"""Triton kernels of ours; imported where a GPU is used."""
