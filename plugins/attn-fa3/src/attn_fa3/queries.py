@@ -37,7 +37,8 @@ def quantize(q: Tensor, num_kv_heads: int, batch_size: int, query_start_loc: Ten
         request = torch.searchsorted(
             query_start_loc[1:], torch.arange(tokens, device=q.device, dtype=torch.int32), right=True
         )
-        request = request.clamp(max=batch_size - 1)  # rows of padding, after the last request
+        request = request.clamp(max=batch_size - 1)
+        largest[int(query_start_loc[-1]) :] = 0  # rows of padding, after the last request, have no say in its scale
     scale = largest.new_zeros(batch_size, num_kv_heads)
     scale.scatter_reduce_(0, request[:, None].expand(-1, num_kv_heads), largest, "amax")
     descale = torch.where(scale > 0, scale / _LARGEST, 1.0)

@@ -51,7 +51,7 @@ def _uniform(
 
 @triton.jit
 def _request_of(starts, token, batch):
-    """The last request that begins at or before the token, of those that have tokens; padding belongs to the last."""
+    """The last request that begins at or before the token, of those that have tokens; padding is scaled as the last."""
     low = 0
     high = batch
     while high - low > 1:
@@ -70,6 +70,7 @@ def _largest(
     head = tl.program_id(1)
     value = _tile(q, token, head, q_t, q_h, group, width, GROUP, WIDTH)
     largest = tl.max(tl.max(tl.abs(value), 1), 0)
+    largest = tl.where(token < tl.load(starts + batch), largest, 0.0)  # padding has no say
     # of numbers that are not negative, the larger has the larger bits
     place = bits + _request_of(starts, token, batch) * tl.num_programs(1) + head
     tl.atomic_max(place, largest.to(tl.int32, bitcast=True))
