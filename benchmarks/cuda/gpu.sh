@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs the GPU; run in the repository's root with $OUT set. One file of results comes back,
-# $OUT/cuda-STAGE.tgz, packed again after each part: a run that is cut off brings what was done.
+# $OUT/cuda-STAGE.tgz, packed again every 12 seconds: a run that is cut off brings what was done.
 #   gpu.sh unpack    unpacks what was carried, for packages that do not travel in one call
 #   gpu.sh modules   builds FlashInfer's missing modules for BUILD seconds on all cores; they come back in packs as well
 #   gpu.sh tiers     needs .gpu (pack.sh's packages) and .gpumod (FlashInfer's modules, see build_modules.py): verifies
@@ -33,7 +33,10 @@ export CUDA_HOME=${CUDA_HOME:-/usr/local/cuda} FLASHINFER_WORKSPACE_BASE=$S/jit 
 export FLASHINFER_DISABLE_JIT=${FLASHINFER_DISABLE_JIT-1}  # what was not carried is refused, and the evidence says so
 export PYTHONPATH="$(python3 benchmarks/cuda_libraries.py site "$S/ours"):$S/ours:$PYTHONPATH"
 lib() { local limit=$1 log=$2; shift 2; timeout "$limit" python3 benchmarks/cuda_libraries.py "$@" --out "$R" > "$R/log-$log.txt" 2>&1; }
-bring() { tar -C "$R" -czf "$OUT/cuda-$stage.tmp" . && mv "$OUT/cuda-$stage.tmp" "$OUT/cuda-$stage.tgz"; echo "$1 at $((SECONDS - begun)) s"; }
+pack() { tar -C "$R" -czf "$OUT/cuda-$stage.$1" . && mv "$OUT/cuda-$stage.$1" "$OUT/cuda-$stage.tgz"; }
+bring() { pack tmp; echo "$1 at $((SECONDS - begun)) s"; }
+( while sleep 12; do pack part; done ) > /dev/null 2>&1 & packer=$!  # a run that is killed outright brings what was there
+trap 'kill $packer 2>/dev/null' EXIT
 check() { # backend, workers: all of the tier that VERIFY seconds allow
   lib $((VERIFY + 45)) "$1-$TIER" verify "$1" --tier "$TIER" --workers "$2" --max-seconds "$VERIFY"; echo "$1 at $((SECONDS - begun)) s"
 }
@@ -48,7 +51,7 @@ case $stage in
     for part in ${SHARES:-fa3:5 flashinfer:5 flashinfer_mla:4 flashmla:3}; do check "${part%:*}" "${part#*:}" & done
     [ -n "${ALSO:-}" ] && lib "${MODELS:-90}" models $ALSO &
     [ -n "${CASES:-}" ] && lib 100 cases cases $CASES &
-    wait; bring verified ;;
+    for job in $(jobs -p); do [ "$job" = $packer ] || wait "$job"; done; bring verified ;;
   measure)
     [ "${HOST:-45}" = 0 ] || { lib "${HOST:-45}" host host; bring "host costs"; }
     [ "${MODELS:-80}" = 0 ] || { lib "${MODELS:-80}" models models mixed traps; bring "models, mixed plans and traps"; }

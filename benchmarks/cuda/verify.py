@@ -21,16 +21,24 @@ def run_verify(
     max_cases: int | None = None,
     max_seconds: float | None = None,
 ) -> Report:
-    """Verify ``name``; counts and failures go to ``out``/verify-NAME-TIER.json, evidence to ``out``/evidence."""
+    """Verify ``name``: evidence to ``out``/evidence, counts and failures to ``out``/verify-NAME-TIER.json.
+
+    The latter is there while it runs as well, with those so far.
+    """
     begun = time.monotonic()
     failures: list[dict[str, object]] = []
+    so_far: Counter[str] = Counter()
+    summary_file = out / f"verify-{name}-{tier}.json"
 
     def progress(done: int, total: int, result: Result) -> None:
+        so_far[result.status] += 1
         if result.status == "failed":
             failures.append({"case": result.case.id, "faults": [str(fault)[:500] for fault in result.faults[:3]]})
             if len(failures) <= 12:
                 print(f"[{name}] FAILED {result.case.id}\n    {str(result.faults[0])[:400]}", flush=True)
         if done % 200 == 0 or done == total:
+            unfinished = {"backend": name, "tier": tier, "unfinished": f"{done} of {total}", "counts": so_far}
+            summary_file.write_text(json.dumps({**unfinished, "failures": failures}, indent=1))
             print(
                 f"[{name}] {tier} {done}/{total}, {len(failures)} failed, {time.monotonic() - begun:.0f} s", flush=True
             )
@@ -53,6 +61,6 @@ def run_verify(
         "slowest": [(r.case.id, r.seconds) for r in slow],
         "failures": failures,
     }
-    (out / f"verify-{name}-{tier}.json").write_text(json.dumps(summary, indent=1))
+    summary_file.write_text(json.dumps(summary, indent=1))
     print(f"[{name}] {tier}: {dict(counts)} in {time.monotonic() - begun:.0f} s; not run: {dict(notes)}", flush=True)
     return report
