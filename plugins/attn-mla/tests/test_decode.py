@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -208,6 +210,27 @@ def test_a_librarys_error_keeps_its_cause(fake: FakeLibraries, cls: type[Attenti
     with pytest.raises(KernelError, match="no kernel image") as caught:
         backend.forward(queries(batch), None, None, layer, batch)
     assert caught.value.__cause__ is fake.fail
+
+
+@pytest.mark.parametrize("has", [True, False, None])
+def test_upstream_is_refused_once_it_has_dropped_dense_decode(
+    fake: FakeLibraries, monkeypatch: pytest.MonkeyPatch, has: bool | None
+) -> None:
+    import flash_mla
+
+    def upstream(q, tile_scheduler_metadata, num_splits=None) -> None:
+        raise AssertionError("not called")
+
+    monkeypatch.setattr(flash_mla, "flash_mla_with_kvcache", upstream)
+    monkeypatch.delattr(flash_mla, "has_legacy")
+    if has is not None:
+        extension = ModuleType("flash_mla.cuda")
+        if has:
+            extension.dense_decode_fwd = upstream
+        monkeypatch.setitem(sys.modules, "flash_mla.cuda", extension)
+    found = FlashMLABackend.build_reasons(config_of(), "decode")
+    assert [reason.code for reason in found] == ([] if has else ["build_unsupported"])
+    assert all("dropped" in str(reason) for reason in found)
 
 
 def test_a_build_without_the_hopper_kernels_is_refused(fake: FakeLibraries) -> None:

@@ -59,6 +59,17 @@ def load() -> Library:
     return Library(decode, new_schedule, hopper, fp8_schedule)
 
 
+def _has_dense_decode(library: Library) -> bool:
+    """The fork says so itself; upstream's extension has the function or it has not."""
+    if library.hopper:
+        has_legacy = getattr(import_module("flash_mla"), "has_legacy", None)
+        return has_legacy is None or bool(has_legacy())
+    try:
+        return hasattr(import_module("flash_mla.cuda"), "dense_decode_fwd")
+    except (ImportError, OSError):
+        return False
+
+
 class FlashMLABackend(LatentDecodeBackend):
     """FlashMLA dense decode. The tile schedule is made once a step by the first layer, and shared by the others."""
 
@@ -82,12 +93,12 @@ class FlashMLABackend(LatentDecodeBackend):
 
     @classmethod
     def build_reasons(cls, config: AttentionConfig, phase: Phase) -> Sequence[Reason]:
-        """The fork keeps the Hopper kernels in a second extension, which a build can leave out."""
-        has_legacy = getattr(import_module("flash_mla"), "has_legacy", None)
-        wanted = ""
-        if has_legacy is not None and not has_legacy():
-            wanted, have = "dense decode on Hopper", "a build without FLASH_MLA_BUILD_LEGACY"
-        elif config.kv_cache_dtype != "auto" and load().fp8_schedule is None:
+        """The fork has the Hopper kernels in an extension that a build can leave out; upstream dropped them."""
+        library, wanted = load(), ""
+        if not _has_dense_decode(library):
+            forks = "a build without FLASH_MLA_BUILD_LEGACY"
+            wanted, have = "dense decode on Hopper", forks if library.hopper else "a version that has dropped it"
+        elif config.kv_cache_dtype != "auto" and library.fp8_schedule is None:
             wanted, have = f"dense decode over {config.kv_cache_dtype}", "a flash_mla without that kernel"
         return (reason("build_unsupported", "flash_mla", wanted, have, _INSTALL),) if wanted else ()
 
