@@ -21,11 +21,13 @@ ROOT: Final = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT / "plugins" / "attn-mla" / "tests"))
 
 from attn_core.planning.config import AttentionConfig, LayerKind  # noqa: E402
+from attn_core.planning.discovery import discover  # noqa: E402
 from attn_core.planning.distributions import scan  # noqa: E402
 from attn_core.runtime.batch import ForwardBatch, ForwardMode  # noqa: E402
 from attn_core.runtime.kv_cache import KVCache  # noqa: E402
 from attn_core.runtime.layer import AttentionLayer  # noqa: E402
 from attn_core.testing.evidence import write_evidence  # noqa: E402
+from attn_core.testing.fingerprint import code_hashes  # noqa: E402
 from attn_core.testing.proof import EVIDENCE_SCHEMA, EVIDENCE_VERSION  # noqa: E402
 from real_wheel import signature_of, source  # noqa: E402
 
@@ -86,6 +88,7 @@ def evidence(date: str) -> dict[str, Any]:
         "distribution": {"name": "attn-mla", "version": dists["attn-mla"]},
         "device": {"name": "sm_100, signatures alone", "system": "cuda"},
         "versions": {"flashinfer-python": WHEEL.partition("==")[2], "attn-core": dists["attn-core"]},
+        "code": code_hashes(discover().find("trtllm_mla")),
         "level": "schema",
         "date": date,
         "tiers": [],
