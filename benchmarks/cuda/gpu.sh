@@ -37,8 +37,9 @@ pack() { tar -C "$R" -czf "$OUT/cuda-$stage.$1" . && mv "$OUT/cuda-$stage.$1" "$
 bring() { pack tmp; echo "$1 at $((SECONDS - begun)) s"; }
 ( while sleep 12; do pack part; done ) > /dev/null 2>&1 & packer=$!  # a run that is killed outright brings what was there
 trap 'kill $packer 2>/dev/null' EXIT
-check() { # backend, workers: all of the tier that VERIFY seconds allow
-  lib $((VERIFY + 45)) "$1-$TIER" verify "$1" --tier "$TIER" --workers "$2" --max-seconds "$VERIFY"; echo "$1 at $((SECONDS - begun)) s"
+check() { # backend, workers: all of the tier that VERIFY seconds allow, or a spread of SPREAD of its cases, without evidence
+  lib $((VERIFY + 45)) "$1-$TIER" verify "$1" --tier "$TIER" --workers "$2" --max-seconds "$VERIFY" \
+    ${SPREAD:+--max-cases "$SPREAD"}; echo "$1 at $((SECONDS - begun)) s"
 }
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | tee "$R/device.txt"; echo "unpacked at $((SECONDS - begun)) s"
 case $stage in
