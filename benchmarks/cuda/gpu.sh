@@ -5,7 +5,8 @@
 #   gpu.sh modules   builds FlashInfer's missing modules for BUILD seconds on all cores; they come back in packs as well
 #   gpu.sh tiers     needs .gpu (pack.sh's packages) and .gpumod (FlashInfer's modules, see build_modules.py): verifies
 #                    the backends of SHARES (name:processes) side by side for VERIFY seconds, in the tier TIER; beside
-#                    them what ALSO names of models, mixed and traps, and the single CASES (a name, then ids)
+#                    them what ALSO names of models, mixed and traps, and the single CASES (a name, then ids);
+#                    MPS=1: through NVIDIA's multi-process service if that starts, which ends with the stage
 #   gpu.sh measure   times them on the quiet machine, beside their libraries; models, mixed plans and traps
 #   gpu.sh layers    what a layer costs the host above its library's own call, on the quiet machine
 #   gpu.sh fa4       needs .gpu4 (pack.sh OUT fa4): verifies fa4 for VERIFY seconds and times it
@@ -36,7 +37,15 @@ lib() { local limit=$1 log=$2; shift 2; timeout "$limit" python3 benchmarks/cuda
 pack() { tar -C "$R" -czf "$OUT/cuda-$stage.$1" . && mv "$OUT/cuda-$stage.$1" "$OUT/cuda-$stage.tgz"; }
 bring() { pack tmp; echo "$1 at $((SECONDS - begun)) s"; }
 ( while sleep 12; do pack part; done ) > /dev/null 2>&1 & packer=$!  # a run that is killed outright brings what was there
-trap 'kill $packer 2>/dev/null' EXIT
+over() { kill $packer 2>/dev/null; [ -d "${CUDA_MPS_PIPE_DIRECTORY:-}" ] && echo quit | timeout 5 nvidia-cuda-mps-control; }
+trap over EXIT
+share() { # many processes on one GPU take turns by time slices, unless NVIDIA's own service lets them run side by side
+  export CUDA_MPS_PIPE_DIRECTORY=/tmp/attn-mps CUDA_MPS_LOG_DIRECTORY=/tmp/attn-mps-log; mkdir -p /tmp/attn-mps /tmp/attn-mps-log
+  timeout 10 nvidia-cuda-mps-control -d > "$R/mps.txt" 2>&1 &&
+    timeout 20 python3 -c "import torch; print(torch.ones(2, device='cuda').sum().item())" >> "$R/mps.txt" 2>&1 ||
+    { echo quit | timeout 5 nvidia-cuda-mps-control; rm -r /tmp/attn-mps; unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY; }
+  echo "service for many processes: ${CUDA_MPS_PIPE_DIRECTORY:-none} at $((SECONDS - begun)) s"
+}
 check() { # backend, workers: all of the tier that VERIFY seconds allow, or a spread of SPREAD of its cases, without evidence
   lib $((VERIFY + 45)) "$1-$TIER" verify "$1" --tier "$TIER" --workers "$2" --max-seconds "$VERIFY" \
     ${SPREAD:+--max-cases "$SPREAD"}; echo "$1 at $((SECONDS - begun)) s"
@@ -48,11 +57,12 @@ case $stage in
     env -u FLASHINFER_DISABLE_JIT MAX_JOBS=4 timeout $((BUILD + 40)) python3 plugins/attn-flashinfer/gpu/build_modules.py \
       --out "$OUT" --seconds "$BUILD" --at-once $((cores / 3)) --skip "$R/there.txt" 2>&1 | tee "$R/log-modules.txt" | grep modules ;;
   tiers)
-    TIER=${TIER:-stress}; VERIFY=${VERIFY:-200}
+    TIER=${TIER:-stress}; VERIFY=${VERIFY:-200}; [ "${MPS:-0}" = 1 ] && share
     for part in ${SHARES:-fa3:5 flashinfer:5 flashinfer_mla:4 flashmla:3}; do check "${part%:*}" "${part#*:}" & done
     [ -n "${ALSO:-}" ] && lib "${MODELS:-90}" models $ALSO &
     [ -n "${CASES:-}" ] && lib 100 cases cases $CASES &
-    for job in $(jobs -p); do [ "$job" = $packer ] || wait "$job"; done; bring verified ;;
+    for job in $(jobs -p); do [ "$job" = $packer ] || wait "$job"; done; times > "$R/times.txt"
+    tail -n 1 "$R/times.txt"; bring verified ;;
   measure)
     [ "${HOST:-45}" = 0 ] || { lib "${HOST:-45}" host host; bring "host costs"; }
     [ "${MODELS:-80}" = 0 ] || { lib "${MODELS:-80}" models models mixed traps; bring "models, mixed plans and traps"; }
