@@ -134,6 +134,11 @@ class Geometry:
         return split_width(self.v_dim, self._least_part)
 
     @property
+    def width(self) -> int:
+        """The wider of keys and values, as tiles hold them."""
+        return max(sum(self.k_parts), sum(self.v_parts))
+
+    @property
     def key_bytes(self) -> int:
         """Bytes of one key and its value in a tile, both as the dot takes them (an fp8 tile is widened)."""
         width = sum(self.k_parts) + (0 if self.values_in_keys else sum(self.v_parts))

@@ -85,6 +85,13 @@ def extend_tile(chip: Chip, geometry: Geometry, rows: int, *, tree: bool = False
     return tile
 
 
+def exact(geometry: Geometry) -> bool:
+    """Whether products are of exact fp32, without tensor cores: every multiplication is an instruction of its own, and
+    a tile of wide heads with many rows takes compilers half a minute.
+    """
+    return geometry.dtype.itemsize == 4
+
+
 def shared_bytes(geometry: Geometry, tile: DecodeTile | ExtendTile, *, tree: bool) -> int:
     """Shared memory of a program, at most: queries, what its stages bring, and a tree's bits in the scores' layout."""
     queries = tile.block_m * sum(geometry.k_parts) * geometry.dtype.itemsize
@@ -97,6 +104,8 @@ def shared_bytes(geometry: Geometry, tile: DecodeTile | ExtendTile, *, tree: boo
 def _default_decode(chip: Chip, geometry: Geometry, block_m: int, *, tree: bool) -> DecodeTile:
     """The largest block that leaves room for what the pipeline holds; wide accumulators get more warps."""
     wide = block_m * sum(geometry.v_parts) > 64 * 128
+    if exact(geometry):
+        return _exact_decode(chip, geometry, block_m, tree=tree)
     for block_n, stages in ((64, 3), (64, 2), (32, 3), (32, 2), (16, 2), (16, 1)):
         tile = DecodeTile(block_m, block_n, 8 if wide else 4, stages, 1)
         if shared_bytes(geometry, tile, tree=tree) <= 0.8 * chip.shared_memory:
@@ -104,10 +113,26 @@ def _default_decode(chip: Chip, geometry: Geometry, block_m: int, *, tree: bool)
     return DecodeTile(16, 16, 8 if wide else 4, 1, 1)
 
 
+def _exact_decode(chip: Chip, geometry: Geometry, block_m: int, *, tree: bool) -> DecodeTile:
+    """The largest block of few enough multiplications a thread."""
+    if geometry.width > 128:
+        block_m = 16
+    for block_n, stages in ((64, 3), (64, 2), (32, 3), (32, 2), (16, 2), (16, 1)):
+        products = block_m * block_n * geometry.width
+        tile = DecodeTile(block_m, block_n, 4 if products <= 1024 * 4 * 32 else 8, stages, 1)
+        few = products <= 1024 * tile.warps * 32 if geometry.width <= 128 else products <= 600 * 8 * 32
+        if few and shared_bytes(geometry, tile, tree=tree) <= 0.8 * chip.shared_memory:
+            return tile
+    return DecodeTile(16, 16, 8, 1, 1)
+
+
 def _default_extend(chip: Chip, geometry: Geometry, *, tree: bool) -> ExtendTile:
-    width = max(sum(geometry.k_parts), sum(geometry.v_parts))
-    if geometry.dtype.itemsize == 4:  # no tensor cores for exact fp32
-        candidates: tuple[tuple[int, int, int, int], ...] = ((32, 32, 4, 2), (32, 16, 4, 2), (16, 16, 4, 1))
+    width = geometry.width
+    candidates: tuple[tuple[int, int, int, int], ...]
+    if exact(geometry) and width > 128:
+        candidates = ((32, 16, 8, 2),) if width <= 256 else ((16, 16, 8, 2), (16, 16, 8, 1))
+    elif exact(geometry):
+        candidates = ((32, 32, 4, 2), (32, 16, 4, 2), (16, 16, 4, 1))
     elif width > 256:
         candidates = ((64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1))
     elif width > 128:

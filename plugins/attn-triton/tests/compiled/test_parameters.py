@@ -13,9 +13,16 @@ from attn_triton.split import cut_keys
 HOPPER = Chip("sm_90", *CHIPS["sm_90"])
 
 
-def geometry(qk: int = 128, v: int = 128, kv_dtype: torch.dtype = torch.bfloat16, heads: int = 8) -> Geometry:
+def geometry(
+    qk: int = 128,
+    v: int = 128,
+    kv_dtype: torch.dtype = torch.bfloat16,
+    heads: int = 8,
+    dtype: torch.dtype = torch.bfloat16,
+    mla: bool = False,
+) -> Geometry:
     strides = Strides(1, 1, 1)
-    return Geometry(heads, 4, qk, v, False, 16, strides, strides, torch.bfloat16, kv_dtype)
+    return Geometry(heads, 4, qk, v, mla, 16, strides, strides, dtype, kv_dtype)
 
 
 @pytest.mark.parametrize(
@@ -77,3 +84,18 @@ def test_every_tile_fits_by_its_own_account(arch: str, kv_dtype: torch.dtype, tr
         for tile in tiles:
             small = tile.stages == 1 and tile.block_n <= 16
             assert small or shared_bytes(shape, tile, tree=tree) <= chip.shared_memory, f"{width}: {tile}"
+
+
+@pytest.mark.parametrize("arch", [arch for arch in CHIPS if arch.startswith("sm")])
+@pytest.mark.parametrize(
+    ("qk", "v", "mla"), [(64, 64, False), (128, 128, False), (256, 256, False), (80, 256, False), (576, 512, True)]
+)
+@pytest.mark.parametrize("rows", [4, 32, 64])
+def test_products_in_fp32_compile_in_seconds(arch: str, qk: int, v: int, mla: bool, rows: int) -> None:
+    """Each multiplication is an instruction: with 4600 of them a thread a kernel took half a minute."""
+    chip, shape = Chip(arch, *CHIPS[arch]), geometry(qk, v, torch.float32, dtype=torch.float32, mla=mla)
+    tiles: list[DecodeTile | ExtendTile] = [extend_tile(chip, shape, 64)]
+    tiles += [decode_tile(chip, shape, rows, load) for load in LOADS]
+    for tile in tiles:
+        assert tile.block_m * tile.block_n * max(qk, v) <= 1024 * 32 * tile.warps, tile
+        assert shared_bytes(shape, tile, tree=False) <= chip.shared_memory
