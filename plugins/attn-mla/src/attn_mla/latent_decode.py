@@ -9,11 +9,12 @@ from attn_core.errors import BatchError
 from attn_core.planning.config import AttentionConfig
 from attn_core.runtime.backend import AttentionBackend
 from attn_core.runtime.batch import ForwardBatch
-from attn_core.runtime.kv_cache import FP8_DTYPES, KVCache
+from attn_core.runtime.kv_cache import FP8_DTYPES, TORCH_DTYPES, KVCache
 from attn_core.runtime.layer import AttentionLayer
 from torch import Tensor
 
 from attn_mla.latent_step import LatentGraphBuffers, LatentStep
+from attn_mla.queries import quantize
 
 
 class LatentDecodeBackend(AttentionBackend):
@@ -33,6 +34,15 @@ class LatentDecodeBackend(AttentionBackend):
     ) -> tuple[Tensor, Tensor | None]:
         """q [B, query_len, Hq, 576] -> out [B, query_len, Hq, 512] and, if wanted, lse [T, Hq], natural log, fp32."""
 
+    def warmup(self, config: AttentionConfig) -> None:
+        """The kernels of the libraries are compiled or loaded by them; ours, for fp8 queries, are compiled here."""
+        device = self.kv_cache.device
+        if self._fp8 and device.type == "cuda":
+            table = torch.ones(1, 1, dtype=torch.int32, device=device)
+            for kind in config.cached_kinds:
+                dtype = TORCH_DTYPES[config.dtype]
+                quantize(torch.zeros(1, kind.num_q_heads, kind.qk_head_dim, dtype=dtype, device=device), table)
+
     def _on_device(self, scale: float) -> Tensor:
         """[1] fp32 on the device; made by the first step, never while a graph is captured."""
         found = self._scales.get(scale)
@@ -45,6 +55,7 @@ class LatentDecodeBackend(AttentionBackend):
 
     def init_cuda_graph_state(self, max_batch_size: int, max_num_tokens: int) -> None:
         self._graphs = LatentGraphBuffers(self.config, self.kv_cache, max_batch_size)
+        self.warmup(self.config)
 
     def init_forward_metadata_capture_cuda_graph(self, batch: ForwardBatch) -> None:
         batch.plan_state = LatentStep.of(self._graph_buffers().capture(batch), name=self.name, in_graph=True)

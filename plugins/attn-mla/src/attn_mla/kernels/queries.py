@@ -1,6 +1,7 @@
 """The Triton kernels behind `quantize`: the largest value of each part of a step, then every row scaled by them all.
 
 Two launches and no memory that must be zero before: each program of the second reads all of what the first found.
+Compiled once for each number of heads, whatever the batch: so a warm-up compiles what every step needs.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def _rows(q, token, first, heads, width, q_t, q_h, q_d, HEADS: tl.constexpr, WID
     return tl.load(place, mask=(head < heads) & (column < width), other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens_each", "heads_each", "tables_b"])
 def _largest(
     q, tables, found, tokens_each, heads, heads_each, width, q_t, q_h, q_d, tables_b,
     HEADS: tl.constexpr, WIDTH: tl.constexpr,
@@ -44,7 +45,7 @@ def _largest(
     tl.store(found + token * tl.num_programs(1) + part, largest)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _scaled(
     q, found, count, out, scale, factor, heads, width, q_t, q_h, q_d,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
