@@ -6,6 +6,7 @@
 #   gpu.sh tiers     needs .gpu (pack.sh's packages) and .gpumod (FlashInfer's modules, see build_modules.py): verifies
 #                    the backends of SHARES (name:processes) side by side for VERIFY seconds, in the tier TIER; beside
 #                    them what ALSO names of models, mixed and traps, and the single CASES (a name, then ids);
+#                    SAVE=1: Triton's cache comes back, as triton-cache.tar.xz, to be carried as .gpu/cache/site.tar.xz;
 #                    MPS=1: through NVIDIA's multi-process service if that starts, which ends with the stage
 #   gpu.sh measure   times them on the quiet machine, beside their libraries; models, mixed plans and traps
 #   gpu.sh layers    what a layer costs the host above its library's own call, on the quiet machine
@@ -29,7 +30,7 @@ case $stage in
 esac
 [ "$stage" = unpack ] && { echo "unpacked at $((SECONDS - begun)) s: $(ls "$S/flashinfer/data/aot" 2>/dev/null | wc -l) modules"; exit; }
 export PYTHONPATH=$S:$S/nvidia_cutlass_dsl/dsl_packages PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore
-export OMP_NUM_THREADS=1 ATTN_NUM_THREADS=1 TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/attn-triton-cache}
+export OMP_NUM_THREADS=1 ATTN_NUM_THREADS=1 TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$S/triton-cache}
 export CUDA_HOME=${CUDA_HOME:-/usr/local/cuda} FLASHINFER_WORKSPACE_BASE=$S/jit FLASHINFER_CUDA_ARCH_LIST=9.0a
 export FLASHINFER_DISABLE_JIT=${FLASHINFER_DISABLE_JIT-1}  # what was not carried is refused, and the evidence says so
 export PYTHONPATH="$(python3 benchmarks/cuda_libraries.py site "$S/ours"):$S/ours:$PYTHONPATH"
@@ -62,7 +63,8 @@ case $stage in
     [ -n "${ALSO:-}" ] && lib "${MODELS:-90}" models $ALSO &
     [ -n "${CASES:-}" ] && lib 100 cases cases $CASES &
     for job in $(jobs -p); do [ "$job" = $packer ] || wait "$job"; done; times > "$R/times.txt"
-    tail -n 1 "$R/times.txt"; bring verified ;;
+    tail -n 1 "$R/times.txt"; bring verified
+    [ "${SAVE:-0}" = 1 ] && tar -C "$S" -c triton-cache | xz -1 -T 0 > "$OUT/triton-cache.tar.xz" && echo "saved at $((SECONDS - begun)) s" ;;
   measure)
     [ "${HOST:-45}" = 0 ] || { lib "${HOST:-45}" host host; bring "host costs"; }
     [ "${MODELS:-80}" = 0 ] || { lib "${MODELS:-80}" models models mixed traps; bring "models, mixed plans and traps"; }
