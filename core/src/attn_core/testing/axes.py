@@ -110,6 +110,11 @@ def layer_kind(clause: Clause, widths: tuple[int, int], group: int) -> LayerKind
     return LayerKind(group * kv_heads, kv_heads, qk, v, kind=clause.kind, scale=scale)
 
 
+def other_scale(width: int) -> float:
+    """A scale for heads of this width that is not the usual one: models have their own (Gemma, Granite, PaliGemma)."""
+    return float(round(1.5 * width**-0.5, 3))
+
+
 Pattern = tuple[int, tuple[Request, ...]]
 
 

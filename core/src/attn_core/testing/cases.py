@@ -217,7 +217,7 @@ class Case:
 def _kind_claims(kind: LayerKind) -> set[str]:
     group = kind.group_size
     claims = {f"head_dim={kind.qk_head_dim}/{kind.v_head_dim}", f"group_size={group}"}
-    claims |= {"mla"} if kind.kind == "mla" else set()
+    claims |= {"mla"} if kind.kind == "mla" else set() if kind.scale is None else {"scale"}
     return claims | ({"group_size_not_power_of_two"} if group & (group - 1) else set())
 
 

@@ -169,6 +169,8 @@ def ladder(ground: Ground) -> Iterator[Case]:
             yield several_requests(case) if name in _BETWEEN_REQUESTS else case
     for row in _together(ground):
         yield _changed(plain, row, ground)
+    if clause.kind == "mha":  # the scale of an MLA layer is never that of its width
+        yield _rescaled(plain)
     if ground.mode == "ragged":
         return
     batch = several_requests(replace(plain, memory="shuffled"))
@@ -198,9 +200,19 @@ def pairs(ground: Ground) -> Iterator[Case]:
     if ground.tier == "contract" and ground.mode in ("mixed", "draft_extend", "ragged"):
         table = {name: values[:2] for name, values in table.items()}
     plain = ground.plain()
-    for row in covering_rows(table, lambda row: _allowed(row, ground), seed=ground.seed):
-        case = _changed(plain, row, ground)
-        yield replace(case, seed=ground.seed + 1)
+    for i, row in enumerate(covering_rows(table, lambda row: _allowed(row, ground), seed=ground.seed)):
+        case = replace(_changed(plain, row, ground), seed=ground.seed + 1)
+        yield _rescaled(case) if ground.clause.kind == "mha" and i % _EVERY == 1 else case
+
+
+#: How many rows of a covering array there are for one whose scale is the model's own.
+_EVERY: Final = 3
+
+
+def _rescaled(case: Case) -> Case:
+    """The case with another scale than the width of its keys gives."""
+    *others, kind = case.kinds
+    return replace(case, kinds=(*others, replace(kind, scale=axes.other_scale(kind.qk_head_dim))))
 
 
 def graphs(ground: Ground) -> Iterator[Case]:

@@ -30,12 +30,20 @@ class MissingScale(Mutant):
         return replace(layer, scale=1.0)
 
 
-@breaks("mla", mla=True)
+@breaks("scale")
 class ScaleOfTheWidth(Mutant):
-    """The scale is always the width of the keys to the -1/2: wrong where a model gives its own, as MLA models do."""
+    """The scale is always the width of the keys to the -1/2: wrong where a model gives its own."""
 
     def alter_layer(self, layer: AttentionLayer, batch: ForwardBatch) -> AttentionLayer:
         return replace(layer, scale=layer.qk_head_dim**-0.5)
+
+
+@breaks("mla", mla=True)
+class ScaleOfTheLatent(Mutant):
+    """The scale of MLA is that of its latent's width, where a model's own counts the width before absorption."""
+
+    def alter_layer(self, layer: AttentionLayer, batch: ForwardBatch) -> AttentionLayer:
+        return replace(layer, scale=layer.qk_head_dim**-0.5) if layer.kind == "mla" else layer
 
 
 @breaks("softcap")
