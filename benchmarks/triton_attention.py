@@ -1,7 +1,7 @@
-"""Our Triton kernels beside their peers on a GPU, in one run: the named shapes, variants of launch parameters, host
-time, memory.
+"""Our Triton kernels beside their peers on a GPU, in one run: the named shapes, and variants of
+launch parameters.
 
-    python benchmarks/triton_attention.py speed host --out FOLDER [--bench decode,mla] [--variants table,device]
+    python benchmarks/triton_attention.py speed plot --out FOLDER [--bench decode,mla] [--variants table,device]
     [--peers fa3,flashmla]
 
 Times are medians of CUDA-graph replays on random data in shuffled pages; every output is compared with the fp64 oracle
@@ -17,7 +17,6 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Final
@@ -26,7 +25,7 @@ import torch
 from attn_core.bench.results import Results, Row, table
 from attn_core.bench.run import Workload, results, row
 from attn_core.bench.shapes import SHAPES, Shape
-from attn_core.bench.timing import time_graph, time_host
+from attn_core.bench.timing import time_graph
 from attn_core.planning.plan import plan
 from attn_core.planning.system import detect
 from attn_triton import parameters
@@ -92,7 +91,7 @@ FITTING: Final[Mapping[str, tuple[str, ...]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=("speed", "host", "ceiling", "plot"))
+    parser.add_argument("what", nargs="+", choices=("speed", "ceiling", "plot"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--bench", default="decode,mixed,mla,extend,fp8")
     parser.add_argument("--variants", default="all")
@@ -109,8 +108,6 @@ def main() -> None:
         plots(given.out / "triton_attention.json")
     if "ceiling" in given.what:
         write(given.out / "triton_ceiling.json", ceiling())
-    if "host" in given.what:
-        write(given.out / "triton_host.json", host())
 
 
 def write(path: Path, found: object) -> None:
@@ -282,68 +279,6 @@ def ceiling() -> dict[str, float]:
         "read_gbs": source.nbytes / read / 1e6,
         "bf16_tflops": 2 * 8192**3 / product / 1e9,
     }
-
-
-def host() -> list[dict[str, Any]]:
-    """Microseconds of the host for one decode layer's call, for metadata and for a replay; bytes of the graph state."""
-    found: list[dict[str, Any]] = []
-    like = SHAPES["decode bs64 kv4096"]
-    for keys in (1024, 16384):
-        shape = replace(like, name=f"decode bs64 kv{keys}", seq_lens=(keys,) * 64)
-        for lengths in ("host", "device"):
-            work, backend = workload(shape, "auto", "table" if lengths == "host" else "device")
-            backend.init_forward_metadata(work.batch)
-            call = {
-                "attention": lambda w=work, b=backend: b.forward(
-                    w.q, None, None, w.layer, w.batch, save_kv_cache=False
-                ),
-                "attention and write": lambda w=work, b=backend: b.forward(w.q, w.k, w.v, w.layer, w.batch),
-                "metadata": lambda w=work, b=backend: b.init_forward_metadata(w.batch),
-            }
-            for what, function in call.items():
-                found.append(
-                    {
-                        "what": what,
-                        "lengths": lengths,
-                        "batch": 64,
-                        "keys": keys,
-                        "host_us": time_host(function, DEVICE),
-                    }
-                )
-        del work, backend
-        torch.cuda.empty_cache()
-    for mla in (False, True):
-        found += graph_state(mla)
-    return found
-
-
-def graph_state(mla: bool) -> list[dict[str, Any]]:
-    """Replay at batch 64 for short and long contexts, and the state of 256 requests at 128k context."""
-    like = SHAPES["mla H128 bs128 kv4096" if mla else "decode bs64 kv4096"]
-    found: list[dict[str, Any]] = []
-    for keys in (1024, 16384):
-        work, backend = workload(
-            replace(like, name=f"{like.bench} bs64 kv{keys}", query_lens=(1,) * 64, seq_lens=(keys,) * 64), "auto"
-        )
-        backend.config = backend.config.replace(max_context_len=131072)
-        backend.init_cuda_graph_state(64, 64)
-        backend.init_forward_metadata_capture_cuda_graph(work.batch)
-        replay = time_host(partial(backend.init_forward_metadata_replay_cuda_graph, work.batch), DEVICE)
-        found.append({"what": "replay", "kind": like.kind, "batch": 64, "keys": keys, "host_us": replay})
-    before = torch.cuda.memory_allocated()
-    backend.init_cuda_graph_state(256, 256)
-    graphs = backend._graphs
-    assert graphs is not None
-    found.append(
-        {
-            "what": "graph state",
-            "kind": like.kind,
-            "beside_page_table_mib": graphs.nbytes / 2**20,
-            "page_table_mib": graphs.pages.nbytes / 2**20,
-            "allocated_mib": (torch.cuda.memory_allocated() - before) / 2**20,
-        }
-    )
-    return found
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ for stage in "$@"; do
     memory)  memory ;;
     checks)  fixed & memory & verify; wait ;;
     speed)   py $(( ${SPEED:-60} + 30 )) benchmarks/triton_attention.py speed plot --out "$R" --budget "${SPEED:-60}" --workers 15 ${WITH:-} ;;
-    host)    py 40 benchmarks/triton_attention.py host --out "$R" ;;
+    host)    py 40 benchmarks/triton_host.py --out "$R" ;;
     ceiling) py 30 benchmarks/triton_attention.py ceiling --out "$R" ;;
     random)  py $(( ${RANDOM_SECONDS:-40} + 30 )) benchmarks/triton_check.py random --seeds "${SEEDS:-0:400}" --workers 15 --seconds "${RANDOM_SECONDS:-40}" ;;
     *) echo "unknown stage $stage"; exit 2 ;;

@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from attn_triton.chip import Chip
-from attn_triton.launch import Launcher, Launchers, Pointer
+from attn_triton.launch import Direct, Launcher, Launchers, Pointer
 
 #: What these chips have, from their vendors' tables: (multiprocessors, bytes of shared memory for one block).
 CHIPS: Final = {
@@ -68,9 +68,13 @@ class _AheadLauncher(Launcher):
     __slots__ = ("into",)
     into: AheadLaunchers
 
-    def build(self, args: Sequence[Any], odd: frozenset[int]) -> Callable[..., None]:
+    def build(self, args: Sequence[Any], odd: frozenset[int]) -> Direct:
         self.into.compiled.append(compile_for(self.into.chip, self, args, odd))
-        return lambda *launched: None
+        return Direct(_nothing, ())
+
+
+def _nothing(*launched: Any) -> None:
+    """In place of a launch."""
 
 
 AheadLaunchers.launcher = _AheadLauncher

@@ -71,14 +71,15 @@ class Launcher:
         self._variants: dict[frozenset[int], Callable[..., None]] = {}
 
     def compiled(self, args: Sequence[Any], values: Sequence[Any]) -> Callable[..., None]:
-        """What launches the kernel for arguments like ``args``, whose addresses and numbers are ``values``.
+        """What launches the kernel for arguments like ``args``, whose addresses and numbers are ``values``, constants
+        behind them.
 
         Raises KernelError with Triton's cause.
         """
         odd = frozenset(i for i in self.specialised if values[i] % 16)
         found = self._variants.get(odd)
         if found is None:
-            now = [Pointer(a.dtype, v) if isinstance(a, Tensor) else v for a, v in zip(args, values, strict=True)]
+            now = [Pointer(a.dtype, v) if isinstance(a, Tensor) else v for a, v in zip(args, values, strict=False)]
             try:
                 found = self._variants[odd] = self.build(now, odd)
             except Exception as error:
@@ -98,37 +99,46 @@ class Launcher:
         Bound(self, args).launch(*grid)
 
 
-def direct(kernel: Any) -> Callable[..., None]:
-    """``launch(x, y, stream, *arguments)`` of a compiled kernel, past the parts of Triton's launcher that it does
-    not need.
+class Direct:
+    """What the driver takes of a compiled kernel: ``launch(x, y, 1, stream, *head, *arguments)``, past the parts of
+    Triton's launcher that it does not need.
     """
+
+    __slots__ = ("head", "launch")
+
+    def __init__(self, launch: Callable[..., None], head: tuple[Any, ...]) -> None:
+        self.launch, self.head = launch, head
+
+    def __call__(self, x: int, y: int, stream: int, *args: Any) -> None:
+        self.launch(x, y, 1, stream, *self.head, *args)
+
+
+def direct(kernel: Any) -> Direct:
+    """What launches a compiled kernel."""
     kernel._init_handles()
     run, function, packed = kernel.run, kernel.function, kernel.packed_metadata
     scratch = getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1)
     if triton.__version__.startswith(DIRECT_SERIES) and hasattr(run, "launch") and not scratch:
-        launch, cooperative, pdl = run.launch, run.launch_cooperative_grid, run.launch_pdl
-
-        def call(x: int, y: int, stream: int, *args: Any) -> None:
-            launch(x, y, 1, stream, function, cooperative, pdl, None, None, packed, None, None, None, *args)
-
-        return call
-    return lambda x, y, stream, *args: run(x, y, 1, stream, function, packed, None, None, None, *args)
+        flags = (run.launch_cooperative_grid, run.launch_pdl)
+        return Direct(run.launch, (function, *flags, None, None, packed, None, None, None))
+    return Direct(run, (function, packed, None, None, None))
 
 
 class Bound:
     """A launcher with its arguments. Those at ``moving`` are tensors that change from launch to launch, dtypes kept.
 
-    ``values`` are what the driver takes; numbers that are not specialised may be replaced there.
+    ``values`` are what the driver takes, constants last; numbers that are not specialised may be replaced there.
     """
 
-    __slots__ = ("_aligned", "_args", "_fast", "_launcher", "_moving", "values")
+    __slots__ = ("_aligned", "_args", "_fast", "_head", "_launcher", "_moving", "values")
 
     def __init__(self, launcher: Launcher, args: Sequence[Any], moving: tuple[int, ...] = ()) -> None:
         self._launcher = launcher
         self._args = list(args)
-        self.values: list[Any] = [a.data_ptr() if isinstance(a, Tensor) else a for a in args]
+        self.values: list[Any] = [*(a.data_ptr() if isinstance(a, Tensor) else a for a in args), *launcher.tail]
         self._moving = moving
         self._fast: Callable[..., None] | None = None
+        self._head: tuple[Any, ...] = ()
         self._aligned = not any(self.values[i] % 16 for i in moving)
 
     def place(self, *tensors: Tensor | None) -> None:
@@ -149,15 +159,17 @@ class Bound:
         if not x:
             return
         if launcher.interpreted:
-            args = [a if isinstance(a, Tensor) else v for a, v in zip(self._args, values, strict=True)]
+            args = [a if isinstance(a, Tensor) else v for a, v in zip(self._args, values, strict=False)]
             launcher.kernel[(x, y)](*args, **launcher.constants)
             return
-        call = self._fast
-        if call is None or not self._aligned:
-            call = launcher.compiled(self._args, values)
-            if self._aligned:
-                self._fast = call
-        call(x, y, launcher.stream(), *values, *launcher.tail)
+        fast = self._fast
+        if fast is not None and self._aligned:
+            fast(x, y, 1, launcher.stream(), *self._head, *values)
+            return
+        call = launcher.compiled(self._args, values)
+        if self._aligned and isinstance(call, Direct):
+            self._fast, self._head = call.launch, call.head
+        call(x, y, launcher.stream(), *values)
 
 
 class Launchers:
