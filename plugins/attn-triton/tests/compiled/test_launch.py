@@ -1,4 +1,4 @@
-"""What the driver is given: the first launch of a kernel looks at its arguments, later ones do not, and give the same."""
+"""What the driver is given: a first launch looks at its arguments, later ones do not, and give the same."""
 
 from __future__ import annotations
 
