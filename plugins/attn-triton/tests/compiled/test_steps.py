@@ -33,7 +33,7 @@ def test_what_was_compiled_is_right(name: str, late: bool) -> None:
     backend = partial(TritonBackend, chip=launchers.chip, launchers=launchers)
     launchers.launched.clear()
     assert step_faults(step, "cpu", backend) == []
-    assert launchers.launched == Counter(f"{kernel}_kernel" for kernel in ["write", *step.launches.split()])
+    assert launchers.launched == Counter(step.kernels)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -51,5 +51,5 @@ def test_the_steps_launch_every_kernel() -> None:
         for name, value in vars(module).items()
         if name.endswith("_kernel") and hasattr(value, "arg_names")
     }
-    launched = {f"{kernel}_kernel" for step in STEPS.values() for kernel in ["write", *step.launches.split()]}
+    launched = {kernel for step in STEPS.values() for kernel in step.kernels}
     assert kernels == launched
