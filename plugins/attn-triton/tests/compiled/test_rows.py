@@ -41,6 +41,10 @@ def test_rows_at_odd_strides_do_not(name: str, monkeypatch: pytest.MonkeyPatch) 
     assert _SINGLE.findall(ptx_of(name, monkeypatch))
 
 
+#: Constants lie behind the arguments.
+CONSTANT = 7
+
+
 def test_a_layer_with_other_strides_gets_a_launch_of_its_own() -> None:
     """Layers of one kind share what was bound once a step; an engine may still hand one of them a wider buffer."""
     units: list[int] = []
@@ -48,14 +52,14 @@ def test_a_layer_with_other_strides_gets_a_launch_of_its_own() -> None:
     def make(unit: int) -> Bound:
         units.append(unit)
         args: list[Any] = [0] * 6
-        return Bound(Launchers(torch.device("cpu"), dependent=False).get(_Kernel(), {"C": 1}, {}, ()), args)
+        return Bound(Launchers(torch.device("cpu"), dependent=False).get(_Kernel(), {"C": CONSTANT}, {}, ()), args)
 
     strided = Strided(make, slice(1, 5))
     q, wide, odd = torch.empty(3, 4, 64), torch.empty(3, 4, 192)[..., :64], torch.empty(3, 4, 65)[..., :64]
-    assert strided.of(q, q).values == [0, 32, 8, 32, 8, 0]
-    assert strided.of(wide, q).values == [0, 96, 24, 32, 8, 0]
-    assert strided.of(q, odd).values == [0, 256, 64, 260, 65, 0]
-    assert strided.of(q, q).values == [0, 32, 8, 32, 8, 0]
+    assert strided.of(q, q).values == [0, 32, 8, 32, 8, 0, CONSTANT]
+    assert strided.of(wide, q).values == [0, 96, 24, 32, 8, 0, CONSTANT]
+    assert strided.of(q, odd).values == [0, 256, 64, 260, 65, 0, CONSTANT]
+    assert strided.of(q, q).values == [0, 32, 8, 32, 8, 0, CONSTANT]
     assert units == [8, 1]
 
 
