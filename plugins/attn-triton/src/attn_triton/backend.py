@@ -21,7 +21,7 @@ from attn_triton.hopper_extend import BoundGluonExtend
 from attn_triton.kinds import BoundLayer, Kind, bind_layer, score_scale
 from attn_triton.launch import Launchers, current_stream
 from attn_triton.ragged import attend_rows
-from attn_triton.route import by_split
+from attn_triton.route import FEW_ROWS, by_split
 from attn_triton.step import Step, prepare_tree, step_of
 from attn_triton.warm import layers_of, warm_batches, warm_layer
 from attn_triton.workspace import Workspace
@@ -130,11 +130,7 @@ class TritonBackend(AttentionBackend):
         bind_write(self.launchers, bound, k, v, slot_mapping).run(k, v, bound, row_strides(k, v))
 
     def init_cuda_graph_state(self, max_batch_size: int, max_num_tokens: int) -> None:
-        query_len = -(-max_num_tokens // max(1, max_batch_size))
-        kinds = [bound.kind for bound in self._of_config()]
-        parts = max(
-            (self.decode.partitions.most_part_elements(kind, n) for kind in kinds for n in {1, query_len}), default=0
-        )
+        parts = self._most_parts(-(-max_num_tokens // max(1, max_batch_size)))
         self._graphs = GraphBuffers(self.config, self.kv_cache, max_batch_size, max_num_tokens, parts)
 
     def init_forward_metadata_capture_cuda_graph(self, batch: ForwardBatch) -> None:
@@ -153,6 +149,15 @@ class TritonBackend(AttentionBackend):
         if self._examples is None:
             self._examples = [self._bind(layer, TORCH_DTYPES[self.config.dtype]) for layer in layers_of(self.config)]
         return self._examples
+
+    def _most_parts(self, query_len: int) -> int:
+        """Elements of partial results that a step of one or ``query_len`` new tokens a request can need, or one whose
+        prompts have few rows, which are split too.
+        """
+        most = self.decode.partitions.most_part_elements
+        kinds = [bound.kind for bound in self._of_config()]
+        lengths = {kind: {1, query_len, FEW_ROWS // kind.geometry.group} - {0} for kind in kinds}
+        return max((most(kind, n) for kind in kinds for n in lengths[kind]), default=0)
 
     def _shared(self) -> GraphBuffers:
         if self._graphs is None:
@@ -249,7 +254,12 @@ class TritonBackend(AttentionBackend):
         """The workspace of the current stream, or the one that graphs share."""
         if step.captured:
             return self._shared().workspace
-        return self._workspaces.setdefault(self._stream(), Workspace(self.device))
+        stream = self._stream()
+        found = self._workspaces.get(stream)
+        if found is None:
+            found = self._workspaces[stream] = Workspace(self.device)
+            found.reserve(self._most_parts(self.config.speculative_num_draft_tokens or 1))
+        return found
 
     def _check_device(self) -> None:
         if self.device.type == "cuda" and torch.cuda.current_device() != self.device.index:

@@ -152,7 +152,7 @@ class Partitions:
         lengths.
         """
         geometry, rows = kind.geometry, query_len * kind.geometry.group
-        gluon = hopper_decode.takes(self.chip, kind, None)
+        gluon = query_len == 1 and hopper_decode.takes(self.chip, kind, None)
         tiles = [decode_tile(self.chip, geometry, rows, load, gluon=g) for load in LOADS for g in {gluon, False}]
         if hopper_mla.takes(self.chip, kind, None):
             tiles.append(hopper_mla.TILE)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 class Workspace:
-    """fp32 rows and their LSE. Grows to the largest demand seen, which the chip bounds and not the batch or the
-    context.
+    """fp32 rows and their LSE. Reserved once for what the chip bounds, not the batch or the context; a step of another
+    form than the config says (more drafts) lets it grow.
     """
 
     def __init__(self, device: torch.device) -> None:
