@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from attn_core.bench.results import Results, Row, table
+from attn_core.bench.results import SCHEMA, Results, Row, table
 from attn_core.bench.run import Workload, results, row
 from attn_core.bench.shapes import SHAPES, Shape
 from attn_core.bench.timing import time_graph
@@ -113,6 +113,14 @@ def main() -> None:
 def write(path: Path, found: object) -> None:
     path.write_text(json.dumps(found, indent=1))
     print(json.dumps(found), flush=True)
+
+
+def header() -> dict[str, Any]:
+    """What the file of a run begins with whose rows are none of a layer's times: as `Results.write` does."""
+    system = detect()
+    found = results([], system)
+    versions = {**found.versions, "triton": system.dists.get("triton", "")}
+    return {"schema": SCHEMA, "version": 1, "device": found.device, "date": found.date, "versions": versions}
 
 
 def plots(path: Path) -> None:

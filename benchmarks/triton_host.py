@@ -21,13 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attn_core.bench.results import SCHEMA
-from attn_core.bench.run import results
 from attn_core.bench.shapes import SHAPES
 from attn_core.bench.timing import time_host
-from attn_core.planning.system import detect
 from attn_triton.launch import Bound
-from triton_attention import DEVICE, workload
+from triton_attention import DEVICE, header, workload
 
 BATCH = 64
 KEYS = (1024, 16384)
@@ -41,12 +38,8 @@ def main() -> None:
     rows = [*decode_calls(), *(row for mla in (False, True) for row in graph_state(mla))]
     for row in rows:
         print(json.dumps(row), flush=True)
-    system = detect()
-    found = results([], system)
-    versions = {**found.versions, "triton": system.dists.get("triton", "")}
-    about = {"schema": SCHEMA, "version": 1, "device": found.device, "date": found.date, "versions": versions}
-    about["processor"] = processor()
-    (given.out / "triton_host.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    about = {**header(), "processor": processor(), "rows": rows}
+    (given.out / "triton_host.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
 def processor() -> str:

@@ -25,7 +25,7 @@ from attn_core.planning.plan import plan
 from attn_core.planning.system import detect
 from attn_triton import parameters
 from attn_triton.backend import TritonBackend
-from triton_attention import VARIANTS, compiled_and_right, forward_of, workload
+from triton_attention import VARIANTS, compiled_and_right, forward_of, header, workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ def main() -> None:
         if chosen is not None:
             entries.append(entry(CLASSES[name], arch, chosen))
             print(entries[-1], flush=True)
-        (given.out / "triton_tune.json").write_text(json.dumps({"arch": arch, "rows": measured}, indent=1))
+        (given.out / "triton_tune.json").write_text(json.dumps({**header(), "rows": measured}, indent=1) + "\n")
         (given.out / "parameters.toml").write_text("\n".join(entries))
 
 
