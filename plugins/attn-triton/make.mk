@@ -6,7 +6,7 @@ TRITON_TESTS := plugins/attn-triton/tests
 PLUGIN_TESTS += test-triton
 OWN_TESTS    += $(TRITON_TESTS)
 
-.PHONY: test-triton
+.PHONY: test-triton verify-triton
 
 $(TRITON_ENV)/.ready: $(VENV)/.plugins
 	@echo "setup: triton 3.6.0 in $(TRITON_ENV)"
@@ -20,3 +20,8 @@ $(TRITON_ENV)/.ready: $(VENV)/.plugins
 test-triton: $(TRITON_ENV)/.ready
 	TRITON_INTERPRET=1 $(TRITON_ENV)/bin/python -m pytest -n 2 $(TRITON_TESTS)/interpreted
 	TRITON_CACHE_DIR=$(TRITON_ENV)/cache $(TRITON_ENV)/bin/python -m pytest -n 2 $(TRITON_TESTS)/compiled
+
+# The whole contract tier on the interpreter, with evidence: about 20 minutes of one core.
+verify-triton: $(TRITON_ENV)/.ready
+	TRITON_INTERPRET=1 $(TRITON_ENV)/bin/python -m attn_core verify triton --device emulated:triton-interpreter \
+		--tier contract --evidence evidence
