@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from attn_core import cli
+from attn_core.cli import INTERRUPTED
 from attn_core.planning.system import FORCE_VARIABLE
 
 from .conftest import BACKEND, MANIFEST, Result, Site
@@ -39,6 +45,9 @@ def attn(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         return Result(code, *capsys.readouterr())
 
     return run
+
+
+PLAIN_CASE = "decode/8x2x64/1@31/dtype=float32"
 
 
 def a_case(attn: Attn, text: str) -> str:
@@ -85,6 +94,61 @@ def test_verify_of_bad_input(attn: Attn, arguments: list[str], code: int, what: 
     assert done.code == code
     assert done.out == ""
     assert what in done.err
+
+
+def test_a_run_of_verify_that_is_interrupted_says_how_far_it_was(site: Site) -> None:
+    command = [sys.executable, "-m", "attn_core", "verify", "torch_native", "--device", "cpu", "--select", "decode/"]
+    with subprocess.Popen(
+        [*command, "--junit", "report.xml", "--max-seconds", "60"],
+        cwd=site.folder,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "attn: verifying torch_native\n"  # a case has ended
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == INTERRUPTED
+    assert re.fullmatch(r"interrupted: \d+ of \d+ cases, 0 failed; --max-seconds ends a run with its table\n\n", err)
+    assert out == ""
+    assert not (site.folder / "report.xml").exists()
+
+
+@pytest.mark.parametrize(("name", "options"), [("raises", ["--select", "decode/"]), ("lacks_its_class", ["--case"])])
+def test_verify_of_what_cannot_be_loaded_says_so_once(attn: Attn, site: Site, name: str, options: list[str]) -> None:
+    """Not once for each case, in processes of its own or in this one."""
+    code, exit_code, said = LOADING[name]
+    site.plugin(name, package=f"attn_{name}_here", code=code)
+    done = attn("verify", name, "--device", "cpu", *options, *([PLAIN_CASE] if options == ["--case"] else []))
+    assert done.code == exit_code
+    assert done.err.count(said) == 1
+    assert "[plugin_load_failed]" in done.err
+    assert done.out == ""
+
+
+EMULATOR = """
+class Chip:
+    level, name = "contract-emulated", "a chip"
+
+    def __enter__(self):
+        import no_such_library.parts
+
+    def __exit__(self, *error): ...
+"""
+
+
+@pytest.mark.parametrize("command", [["verify", "emulated_here"], ["generate", "hi", "--device", "emulated:chip9"]])
+def test_an_emulator_whose_library_is_not_here_says_which(attn: Attn, site: Site, command: list[str]) -> None:
+    manifest = MANIFEST.replace('device = "any"', 'device = "npu"')
+    top = site.plugin("emulated_here", code=EMULATOR, manifest=manifest)
+    points = site.folder / "attn_emulated_here-1.2.3.dist-info" / "entry_points.txt"
+    points.write_text(points.read_text() + f"[attn.emulators]\nchip9 = {top.name}.backend:Chip\n")
+    done = attn(*command)
+    assert done.code == 4
+    assert "emulator 'chip9' needs what is not here: No module named 'no_such_library'" in done.err
+    assert "next: pip install no_such_library" in done.err
 
 
 def test_bench_times_and_checks_a_shape(attn: Attn, tmp_path: Path) -> None:

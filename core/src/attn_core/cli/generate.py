@@ -106,10 +106,9 @@ def _entered(device: str | None, stack: ExitStack) -> tuple[str, System] | None:
     """torch's device and the machine that an emulator stands in for, entered; None for a real device."""
     if device is None or not device.startswith("emulated:"):
         return None
-    from attn_core.testing.devices import load_emulator
+    from attn_core.testing.devices import enter_emulator
 
-    emulator = load_emulator(device.removeprefix("emulated:"))
-    stack.enter_context(emulator)
+    emulator = enter_emulator(device.removeprefix("emulated:"), stack)
     return str(emulator.device()), emulator.system()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -59,20 +61,21 @@ def command(
     set_threads()
     with Progress() as progress:
         on_case = _Told(name, progress)
-        report = verify(
-            name,
-            tier,
-            device or _own_device(),
-            seed=seed,
-            case=case,
-            select=select,
-            junit=junit,
-            evidence_dir=evidence,
-            max_seconds=max_seconds,
-            max_failures=max_failures,
-            workers=workers or (0 if case else 1),
-            progress=on_case,
-        )
+        with on_case.said_if_interrupted():
+            report = verify(
+                name,
+                tier,
+                device or _own_device(),
+                seed=seed,
+                case=case,
+                select=select,
+                junit=junit,
+                evidence_dir=evidence,
+                max_seconds=max_seconds,
+                max_failures=max_failures,
+                workers=workers or (0 if case else 1),
+                progress=on_case,
+            )
     on_case.end()
     print(report.table())
     return report.exit_code
@@ -83,10 +86,11 @@ class _Told:
 
     def __init__(self, name: str, progress: Progress) -> None:
         self._name, self._progress = name, progress
-        self._failed = 0
+        self._failed = self._done = self._total = 0
         self._said = time.monotonic()
 
     def __call__(self, done: int, total: int, result: Result) -> None:
+        self._done, self._total = done, total
         if result.status == "failed":
             self._failed += 1
             if self._failed <= _FAILURES_TOLD:
@@ -96,6 +100,17 @@ class _Told:
         if not sys.stderr.isatty() and time.monotonic() - self._said > _MINUTE:
             self._said = time.monotonic()
             note(f"attn: {done} of {total} cases, {self._failed} failed")
+
+    @contextmanager
+    def said_if_interrupted(self) -> Iterator[None]:
+        """Ctrl-C in the block passes, after a line that says how far the run was."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self._progress.close()
+            how_far = f"{self._done} of {self._total} cases, {self._failed} failed" if self._done else "before any case"
+            note(f"interrupted: {how_far}; --max-seconds ends a run with its table")
+            raise
 
     def end(self) -> None:
         """Say how many failures were not told of; the table explains them."""

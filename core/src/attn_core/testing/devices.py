@@ -92,8 +92,7 @@ def at(text: str) -> Iterator[Place]:
 def _entered(text: str, stack: ExitStack) -> Place:
     if not text.startswith(_PREFIX):
         return _real(text)
-    emulator = load_emulator(text.removeprefix(_PREFIX))
-    stack.enter_context(emulator)
+    emulator = enter_emulator(text.removeprefix(_PREFIX), stack)
     system = emulator.system()
     name = system.name or emulator.name
     return Place(
@@ -170,6 +169,20 @@ def own_emulators(ref: BackendRef) -> list[str]:
     """The devices that the distribution of a backend emulates, as ``emulated:NAME``."""
     owner = scan(None).get(ref.dist)
     return [f"{_PREFIX}{name}" for name, _ in owner.entry_points(EMULATORS_GROUP)] if owner is not None else []
+
+
+def enter_emulator(name: str, stack: ExitStack) -> Emulator:
+    """The emulator called ``name``, entered for as long as ``stack`` is. Raises as `load_emulator` does."""
+    emulator = load_emulator(name)
+    try:
+        stack.enter_context(emulator)
+    except ImportError as error:
+        raise PluginLoadError(
+            f"emulator {name!r} needs what is not here: {error}",
+            given=name,
+            hint=f"pip install {error.name.partition('.')[0]}" if error.name else "attn doctor shows what is missing",
+        ) from error
+    return emulator
 
 
 def load_emulator(name: str) -> Emulator:

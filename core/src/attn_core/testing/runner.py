@@ -14,6 +14,7 @@ from typing import Final
 from attn_core.errors import BackendRefusedError, UsageError
 from attn_core.planning.discovery import IN_PROCESS, BackendRef, discover
 from attn_core.planning.reasons import availability
+from attn_core.runtime.loading import load_backend
 from attn_core.testing import evidence
 from attn_core.testing.agenda import PROBES, Agenda, Done, agenda
 from attn_core.testing.axes import TIERS, Tier
@@ -62,7 +63,8 @@ def verify(
     called after each case.
 
     Raises UnknownBackendError (or AmbiguousBackendError, PluginError) for ``name``, UsageError for the device, the tier
-    or a case id, BackendRefusedError if no clause of the backend is for the device or its libraries are not there.
+    or a case id, BackendRefusedError if no clause of the backend is for the device or its libraries are not there,
+    PluginLoadError if the backend, or the emulator, cannot be loaded.
     """
     if tier not in TIERS:
         raise UsageError(f"tier {tier!r}", given=tier, accepted=TIERS)
@@ -204,6 +206,7 @@ class _Run:
 
     def _in_this_process(self, jobs: Iterator[Job]) -> Iterator[tuple[Job, Results]]:
         target = Target(self.ref, self.place.system, self.place.device)
+        load_backend(self.ref)  # once and for all: every case would fail of it
         for job in jobs:
             if self.deadline is not None and time.time() > self.deadline:
                 return

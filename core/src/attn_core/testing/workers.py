@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import torch
 
 from attn_core.errors import AttnError
 from attn_core.planning.discovery import discover
+from attn_core.runtime.loading import load_backend
 from attn_core.testing.cases import Case
 from attn_core.testing.checks import Fault
 from attn_core.testing.devices import at
@@ -102,8 +104,8 @@ def in_processes(jobs: Iterator[Job], crew: Crew) -> Iterator[tuple[Job, Results
     """Each job with its results, as they come; jobs that the deadline cut off are left out.
 
     A job is taken when a process is free for it. A process that died, hung or lost its device is replaced, and its job
-    has a failed result that says so. Raises AttnError if processes cannot be started, LostDeviceError if too many are
-    lost.
+    has a failed result that says so. Raises AttnError if processes cannot be started, PluginLoadError if the backend
+    cannot be loaded, LostDeviceError if too many are lost.
     """
     upcoming, lost = next(jobs, None), 0
     staff: list[_Process] = []
@@ -187,6 +189,8 @@ class _Process:
         match message:
             case ("started", None):
                 self._has_started = True
+            case ("unusable", AttnError() as error):
+                raise error
             case ("broken", text):
                 raise AttnError(f"a process for the cases could not start: {text}")
             case ("begins", case):
@@ -237,7 +241,8 @@ def _quiet_profiler() -> Iterator[None]:
 
 
 def _work(connection: Connection[Any, Any], crew: Crew) -> None:
-    """The life of a worker: jobs from the connection until there is None."""
+    """The life of a worker: jobs from the connection until there is None. Ctrl-C is for whoever started it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     with ExitStack() as stack:
         try:
@@ -245,6 +250,11 @@ def _work(connection: Connection[Any, Any], crew: Crew) -> None:
             target = Target(discover().find(crew.name), place.system, place.device)
         except Exception as error:
             connection.send(("broken", f"{type(error).__name__}: {error}"))
+            return
+        try:
+            load_backend(target.ref)
+        except AttnError as error:
+            connection.send(("unusable", error))
             return
         connection.send(("started", None))
         while (job := connection.recv()) is not None:
