@@ -15,6 +15,9 @@ from attn_core.cli import group
 
 from .conftest import Site
 
+#: The command as a process of its own.
+ATTN = [sys.executable, "-m", "attn_core"]
+
 
 def test_python_m_is_the_command(site: Site) -> None:
     done = site.attn("--version")
@@ -110,14 +113,60 @@ def test_an_interrupt_is_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_closed_pipe_is_no_error(site: Site) -> None:
+COMMANDS = {
+    "without click": ["list-backends", "--json"],
+    "by click": ["explain", "llama-3.1-8b"],
+    "a short one": ["list-backends", "--names"],
+}
+
+
+@pytest.mark.parametrize("args", COMMANDS.values(), ids=COMMANDS)
+def test_a_closed_pipe_is_no_error_and_no_failed_check(site: Site, args: list[str]) -> None:
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, "-m", "attn_core", "list-backends", "--json"]
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+    done = subprocess.run([*ATTN, *args], stdout=write, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
     os.close(write)
-    assert "Traceback" not in done.stderr
-    assert "BrokenPipe" not in done.stderr
+    assert done.stderr == ""
+    assert done.returncode == cli.PIPE_CLOSED
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+@pytest.mark.parametrize("args", COMMANDS.values(), ids=COMMANDS)
+def test_a_full_disk_is_said_in_one_line(site: Site, args: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*ATTN, *args], stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+    assert done.returncode == cli.IO_FAILED
+    assert done.stderr.splitlines()[0] == "attn: No space left on device"
+    assert "bug" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize("closed", [1, 2])
+def test_a_stream_that_is_closed_is_no_bug(site: Site, closed: int) -> None:
+    script = (
+        f"import os, sys; os.close({closed}); os.execv({sys.executable!r}, {[*ATTN, 'list-backends', '--names']!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    if closed == 2:
+        assert done.returncode == 0
+        assert "torch_native" in done.stdout
+    else:
+        assert (done.returncode, done.stderr) == (cli.IO_FAILED, "attn: stdout is closed\n")
+
+
+def test_a_file_that_cannot_be_written_is_named(site: Site) -> None:
+    case = "decode/8x2x64/1@31/dtype=float32"
+    done = site.attn("verify", "torch_native", "--device", "cpu", "--case", case, "--junit", "no/x.xml")
+    assert done.code == cli.IO_FAILED
+    assert "attn: No such file or directory: no/x.xml" in done.err
+    assert "bug" not in done.err
+
+
+def test_a_new_package_goes_where_it_can(site: Site) -> None:
+    (site.folder / "file").write_text("")
+    done = site.attn("new", "fresh", "--output", "file/inside")
+    assert done.code == 2
+    assert "file/inside cannot be made: Not a directory" in done.err
 
 
 def test_every_json_document_has_the_envelope(site: Site) -> None:

@@ -27,6 +27,8 @@ COMMANDS: Final = {
 
 #: exit code of an error that nobody foresaw (EX_SOFTWARE of sysexits.h); AttnError carries its own, 1 to 5
 UNEXPECTED: Final = 70
+#: a file or a stream that cannot be read or written: a full disk, a folder that is not there (EX_IOERR)
+IO_FAILED: Final = 74
 INTERRUPTED: Final = 130
 #: what a shell reports of a command that a closed pipe ended (128 + SIGPIPE)
 PIPE_CLOSED: Final = 141
@@ -35,8 +37,15 @@ PIPE_CLOSED: Final = 141
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``attn`` with these arguments (default: the process's own) and give its exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
+    if sys.stderr is None:  # closed by whoever called us
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as the process
+    if sys.stdout is None:
+        print("attn: stdout is closed", file=sys.stderr)
+        return IO_FAILED
     try:
-        return _run(args)
+        code = _run(args)
+        sys.stdout.flush()  # here, where a full disk is an error with a message and a code
+        return code
     except AttnError as error:
         return fail(error)
     except KeyboardInterrupt:
@@ -48,9 +57,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("ATTN_DEBUG") == "1":
             raise
+        if isinstance(error, OSError) and error.strerror:
+            return _failed_io(error)
         print(f"attn: unexpected {type(error).__name__}: {error}", file=sys.stderr)
         print("next: ATTN_DEBUG=1 shows where; this is a bug, please report it", file=sys.stderr)
         return UNEXPECTED
+
+
+def _failed_io(error: OSError) -> int:
+    """Say what cannot be read or written. What is left for stdout goes nowhere, or the interpreter would try again."""
+    where = f": {error.filename}" if error.filename else ""
+    print(f"attn: {error.strerror}{where}\nnext: ATTN_DEBUG=1 shows what was read or written", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return IO_FAILED
 
 
 def fail(error: AttnError) -> int:

@@ -45,8 +45,13 @@ def run(args: list[str]) -> int:
     """Run the command line ``args`` through click and give the exit code. Raises AttnError as the subcommand does."""
     warnings.showwarning = _show_warning
     try:
-        outcome = attn.main(args=args, prog_name="attn", standalone_mode=False)
-    except click.exceptions.Abort:
+        # Not through click's main(), which makes an exit of 1, a failed check, of a closed pipe.
+        with attn.make_context("attn", args) as context:
+            outcome = attn.invoke(context)
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except KeyboardInterrupt:
+        print(file=sys.stderr)  # after the terminal's own ^C
         return INTERRUPTED
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message())
@@ -76,7 +81,8 @@ def _show_version(ctx: click.Context, _param: click.Parameter, asked: bool) -> N
 attn = LazyGroup(
     name="attn",
     help="The plugin layer for attention kernels in LLM serving: correct, or refused.",
-    epilog="Exit codes: 0 fine, 1 a check failed, 2 usage, 3 nothing fits, 4 broken or ambiguous, 5 protocol.",
+    epilog="Exit codes: 0 fine, 1 a check failed, 2 usage, 3 nothing fits, 4 broken or ambiguous, 5 protocol,"
+    " 74 cannot read or write.",
     params=[
         click.Option(
             ["--version"],

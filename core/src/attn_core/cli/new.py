@@ -42,6 +42,15 @@ def render(name: str, folder: Path) -> Path:
         import copier
     except ImportError as error:
         raise AttnError("attn new needs copier", hint="pip install 'attn-core[testing]'") from error
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"{folder} cannot be made: {error.strerror}",
+            given=str(folder),
+            accepted="a new folder",
+            hint="--output DIR",
+        ) from error
     from attn_core.cli.listing import core_version
 
     copier.run_copy(
