@@ -171,6 +171,8 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["nowhere", "/no/such/folder", "llama-3.1-8b", "model.gguf"])
 def test_an_unknown_model_is_refused(name: str) -> None:
+    with pytest.raises(UnknownModelError, match=r"this file is no \.gguf"):
+        locate(__file__, silent)
     with pytest.raises(UnknownModelError, match="no such folder and no such file"):
         locate(name, silent)
 

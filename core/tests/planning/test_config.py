@@ -38,6 +38,7 @@ def test_an_impossible_layer_kind_is_refused(changes: dict[str, Any], word: str)
         ({"layers": ()}, "without layers"),
         ({"dtype": "bfloat"}, "did you mean 'bfloat16'?"),
         ({"kv_cache_dtype": "fp8"}, "accepted: auto, fp8_e4m3, fp8_e5m2"),
+        ({"kv_cache_dtype": "fp8"}, r"did you mean 'fp8_e4m3'\?"),  # as other engines have it
         ({"kv_layout": "NDH"}, "accepted: NHD, HND, MLA"),
         ({"page_size": 0}, "page size 0"),
         ({"page_size": 3_000_000_000}, "page size 3000000000"),
@@ -46,6 +47,7 @@ def test_an_impossible_layer_kind_is_refused(changes: dict[str, Any], word: str)
         ({"max_context_len": 0}, "max_context_len is 0"),
         ({"speculative_num_draft_tokens": -1}, "speculative_num_draft_tokens is -1"),
         ({"speculative_eagle_topk": 0}, "speculative_eagle_topk is 0"),
+        ({"speculative_eagle_topk": 2}, "no draft tokens to make a tree of"),
         ({"layers": (replace(MHA, causal=False),)}, "a cached layer that is not causal"),
         ({"layers": (replace(MLA, scale=None),)}, "an MLA layer without a scale"),
         (

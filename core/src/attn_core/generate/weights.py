@@ -61,8 +61,9 @@ def locate(model: str | None, progress: Progress) -> ModelFiles:
     if path.is_dir():
         check_folder(path)
         return ModelFiles(path, path.resolve().name)
+    what = "this file is no .gguf" if path.is_file() else "there is no such folder and no such file"
     raise UnknownModelError(
-        f"no model {model!r}: there is no such folder and no such file",
+        f"no model {model!r}: {what}",
         given=model,
         accepted=(DEMO_MODEL, "a folder with config.json and safetensors", "a .gguf file"),
         hint="attn explain plans for presets; generating needs weights",

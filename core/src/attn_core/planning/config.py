@@ -141,6 +141,11 @@ class AttentionConfig:
             )
         if self.speculative_eagle_topk < 1:
             raise ConfigError(f"speculative_eagle_topk is {self.speculative_eagle_topk}", accepted="1 (chain) or more")
+        if self.speculative_eagle_topk > 1 and not self.speculative_num_draft_tokens:
+            raise ConfigError(
+                f"speculative_eagle_topk is {self.speculative_eagle_topk}, with no draft tokens to make a tree of",
+                accepted="with it speculative_num_draft_tokens from 1",
+            )
 
     def _check_layers(self) -> None:
         ids = [i for kind in self.layers for i in kind.layer_ids]
@@ -248,9 +253,13 @@ def check_page_size(value: object) -> int:
     return value
 
 
+#: What other engines call a cache of that dtype.
+_ALSO_CALLED: Final = {"fp8": "fp8_e4m3"}
+
+
 def _one_of(name: str, value: str, accepted: tuple[str, ...]) -> None:
     if value not in accepted:
-        near = nearest(str(value), accepted)
+        near = _ALSO_CALLED.get(value) or nearest(str(value), accepted)
         raise ConfigError(
             f"{name} is {value!r}", given=value, accepted=accepted, hint=f"did you mean {near!r}?" if near else None
         )
