@@ -157,8 +157,8 @@ def cli_page() -> Iterator[str]:
     yield "# The command `attn`\n"
     yield "stdout is data, stderr is prose; a table when a person looks, plain columns when piped; `NO_COLOR` is"
     yield "honoured. Every JSON document has a `schema` and a `version`. Exit codes: 0 fine, 1 a check failed, 2 usage,"
-    yield "3 nothing fits, 4 broken or ambiguous, 5 another protocol, 70 a bug (`ATTN_DEBUG=1` shows where), 130"
-    yield "interrupted.\n"
+    yield "3 nothing fits, 4 broken or ambiguous, 5 another protocol, 70 a bug (`ATTN_DEBUG=1` shows where),"
+    yield "74 a file or a stream that cannot be read or written, 130 interrupted, 141 a closed pipe.\n"
     for name in COMMANDS:
         context = click.Context(attn, info_name="attn")
         command = attn.get_command(context, name)
@@ -240,7 +240,7 @@ def _members(cls: type) -> Iterator[tuple[str, str]]:
     source = textwrap.dedent(inspect.getsource(cls))
     lines = source.splitlines()
     for node in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id[0] != "_":
             yield f"`{node.targets[0].id}`", _comment(lines, node.lineno)
 
 

@@ -91,24 +91,29 @@ class ForwardBatch:
     page_table: Tensor
     #: [T] int64: page * page_size + offset of each new token; -1 = do not write (padding, or written already)
     slot_mapping: Tensor
-    #: host bounds, at least the true maximum
+    #: a bound on the new tokens of a request, on the host: at least the true maximum
     max_query_len: int
+    #: a bound on seq_lens, on the host: at least the true maximum
     max_seq_len: int
     #: MIXED: how many requests at the front are decodes (one new token each)
     num_decodes: int = 0
-    #: the same two on the host; None where nobody made them (a backend that needs them says so in its manifest)
+    #: seq_lens on the host; None where nobody made it (a backend that needs it says so in its manifest)
     seq_lens_cpu: Tensor | None = None
+    #: query_start_loc on the host, likewise
     query_start_loc_cpu: Tensor | None = None
     #: verify: the tree; None is a chain (each draft token sees those before it)
     tree: TreeMask | None = None
     #: [B, S, 2] int32: half-open position ranges whose tokens see each other both ways; (0, 0) is no span
     spans: Tensor | None = None
-    #: cross-attention keys: [B] int32, [B, max_encoder_pages] int32, and where k and v of a cross layer are written,
-    #: [T_enc] int64
+    #: [B] int32: keys of each request's encoder, for cross layers
     encoder_seq_lens: Tensor | None = None
+    #: [B, max_encoder_pages] int32: the pages that they lie in
     encoder_page_table: Tensor | None = None
+    #: [T_enc] int64: where k and v of a cross layer are written; None where they are written already
     encoder_slot_mapping: Tensor | None = None
+    #: a bound on encoder_seq_lens, on the host
     max_encoder_seq_len: int = 0
+    #: encoder_seq_lens on the host, likewise
     encoder_seq_lens_cpu: Tensor | None = None
     #: what init_forward_metadata made for this batch; on the batch, so that several may be in flight
     plan_state: Any = None
