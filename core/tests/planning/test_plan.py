@@ -138,12 +138,20 @@ def test_a_phase_that_is_not_named_is_auto() -> None:
         ("", ["malformed"]),
         ("prefill=fa3,", ["no phase"]),
         ({"encode": "fa3"}, ["'encode' is no phase"]),
+        (["fa3"], ["backend ['fa3']", "a mapping of phases"]),
     ],
 )
 def test_a_malformed_choice_of_backends_is_refused(backend: Any, words: list[str]) -> None:
     with pytest.raises(UsageError) as caught:
         parse_backend(backend)
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_a_machine_may_be_given_as_its_text() -> None:
+    config = AttentionConfig.preset("smollm2-135m")
+    assert plan(config, system="cuda:sm_90").system == System.parse("cuda:sm_90")
+    with pytest.raises(UsageError, match="is no CUDA architecture"):
+        plan(config, system="cuda:90")
 
 
 def test_auto_in_any_form_names_nothing() -> None:

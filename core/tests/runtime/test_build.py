@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from attn_core.errors import BackendRefusedError, ConfigError, NoBackendError, PluginLoadError
+from attn_core.errors import BackendRefusedError, ConfigError, NoBackendError, PluginLoadError, UsageError
 from attn_core.planning.config import AttentionConfig, LayerKind, Phase
 from attn_core.planning.discovery import Installed
 from attn_core.planning.reasons import Reason, reason
@@ -72,6 +72,12 @@ def _forget() -> None:
 
 def cache_for(config: AttentionConfig) -> KVCache:
     return KVCache.allocate(config, num_pages=4)
+
+
+def test_what_is_no_plan_is_not_built() -> None:
+    with pytest.raises(UsageError, match="AttentionConfig") as caught:
+        build(CONFIG, cache_for(CONFIG.replace(kv_layout="NHD")))  # type: ignore[arg-type]
+    assert caught.value.accepted == "what attn_core.plan(config) gives"
 
 
 def test_one_instance_serves_every_phase() -> None:

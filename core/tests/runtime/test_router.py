@@ -17,6 +17,7 @@ from attn_core.runtime.layer import AttentionLayer
 from attn_core.runtime.router import PhaseRouter
 from attn_core.runtime.torch_native.backend import TorchNativeBackend
 from attn_core.runtime.witness import Witness
+from torch import Tensor
 
 from .scenes import GQA3, Scene, assert_right, native, planned, ref, scene
 
@@ -232,6 +233,21 @@ def test_queries_of_another_dtype_are_refused() -> None:
     made = scene(GQA3, query_lens=[1], seq_lens=[9])
     made.q = made.q.bfloat16()
     with pytest.raises(ConfigError, match=r"queries of torch\.bfloat16, planned as float32"):
+        made.run(routed(made))
+
+
+@pytest.mark.parametrize(
+    ("cut", "shape"),
+    [
+        (lambda q: q[:, :3], r"\[1, 3, 32\]"),  # as many as KV heads: each its own group, and no error further down
+        (lambda q: q[..., :16], r"\[1, 6, 16\]"),
+        (lambda q: q.flatten(1), r"\[1, 192\]"),
+    ],
+)
+def test_queries_of_other_heads_are_refused(cut: Callable[[Tensor], Tensor], shape: str) -> None:
+    made = scene(GQA3, query_lens=[1], seq_lens=[9])
+    made.q = cut(made.q)
+    with pytest.raises(ConfigError, match=rf"queries {shape}, planned as \[tokens, 6, 32\]"):
         made.run(routed(made))
 
 

@@ -101,7 +101,7 @@ def plan(
     config: AttentionConfig,
     backend: str | Mapping[Phase, str] = AUTO,
     *,
-    system: System | None = None,
+    system: System | str | None = None,
     installed: Installed | None = None,
     fallback: FallbackPolicy = "warn",
     rankings: Rankings | None = None,
@@ -113,8 +113,8 @@ def plan(
     ``backend`` is ``"auto"``, a name, ``"prefill=fa3,decode=flashinfer"`` or the same as a mapping; a phase that is not
     named is ``auto``. A named backend is used or refused, but what it lacks by design goes to its manifest's
     ``[fallback]`` list, with ``fallback`` a warning, allowed, or an error.
-    ``system`` and ``installed`` default to this machine, ``rankings`` to what ``attn tune`` measured on it, ``phases``
-    to those that the config needs.
+    ``system`` (or its text, ``"cuda:sm_90"``) and ``installed`` default to this machine, ``rankings`` to what
+    ``attn tune`` measured on it, ``phases`` to those that the config needs.
     ``build_refusals`` is what built backends refused, by (listed name, phase): planning again leaves them out.
 
     Raises UsageError for a malformed ``backend``, UnknownBackendError, AmbiguousBackendError or PluginError for a name
@@ -125,7 +125,7 @@ def plan(
         raise ConfigError(f"fallback policy {fallback!r}", given=fallback, accepted=get_args(FallbackPolicy))
     phases = tuple(phase for phase in (config.phases if phases is None else phases) if config.kinds(phase))
     asked = parse_backend(backend)
-    system = detect() if system is None else system
+    system = detect() if system is None else System.parse(system) if isinstance(system, str) else system
     installed = discover() if installed is None else installed
     rankings = _measured(system, installed) if rankings is None else rankings
     hooks = load_hooks()
@@ -163,8 +163,10 @@ def parse_backend(backend: str | Mapping[Phase, str]) -> dict[Phase, str]:
             pairs = [(phase, text) for phase in PHASES]
         else:
             pairs = [cast(tuple[Phase, str], tuple(part.partition("=")[::2])) for part in text.split(",")]
-    else:
+    elif isinstance(backend, Mapping):
         pairs = list(backend.items())
+    else:
+        raise UsageError(f"backend {backend!r}", given=backend, accepted="'auto', a name, or a mapping of phases")
     asked: dict[Phase, str] = {}
     for key, value in pairs:
         phase, name = cast(Phase, str(key).strip()), str(value).strip()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from attn_core.errors import BackendRefusedError, ConfigError
+from attn_core.errors import BackendRefusedError, ConfigError, UsageError
 from attn_core.planning.config import AttentionConfig, LayerKind, Phase
 from attn_core.planning.discovery import Installed
 from attn_core.planning.plan import PhasePlan, Plan
@@ -25,9 +25,11 @@ def build(plan: Plan, kv_cache: KVCache, *, role: Role = "target", installed: In
     ``role="draft"`` is for the draft model of speculative decoding: its decodes are the phase `draft`.
     The result's ``plan`` is the one that stands (see ``settle``).
 
-    Raises ConfigError for a cache that is not what was planned, and what ``settle`` raises. A backend whose constructor
-    fails is a PluginLoadError.
+    Raises ConfigError for a cache that is not what was planned, UsageError for what is no plan, and what ``settle``
+    raises. A backend whose constructor fails is a PluginLoadError.
     """
+    if not isinstance(plan, Plan):
+        raise UsageError(f"build() of a {type(plan).__name__}", accepted="what attn_core.plan(config) gives")
     plan = settle(plan, installed=installed)
     check_cache(plan.config, kv_cache)
     instances: dict[tuple[str, int], AttentionBackend] = {}

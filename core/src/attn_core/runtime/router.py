@@ -225,13 +225,15 @@ class PhaseRouter(AttentionBackend):
             )  # fmt: skip
 
     def _admit(self, layer: AttentionLayer, q: Tensor, *, ragged: bool) -> None:
-        """Remember ``layer``, if it and the dtype of its queries are what was planned. Raises ConfigError."""
+        """Remember ``layer``, if it and its queries are what was planned. Raises ConfigError."""
         kind = self.config.kind_of(layer.layer_id)
         wrong = list(_departures(layer, kind))
         if ragged != kind.ragged:
             wrong.append(f"called {'with given keys' if ragged else 'over the cache'}, planned as ragged={kind.ragged}")
         if q.dtype is not TORCH_DTYPES[self.config.dtype]:
             wrong.append(f"queries of {q.dtype}, planned as {self.config.dtype}")
+        if tuple(q.shape[1:]) != (kind.num_q_heads, kind.qk_head_dim):
+            wrong.append(f"queries {list(q.shape)}, planned as [tokens, {kind.num_q_heads}, {kind.qk_head_dim}]")
         if not ragged and (layer.k_scale, layer.v_scale) != (1.0, 1.0) and self.kv_cache.dtype not in FP8_DTYPES:
             wrong.append(f"scales {layer.k_scale}, {layer.v_scale} with a cache of {self.kv_cache.dtype}")
         if wrong:
