@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Final
 
 import torch
+from torch import Tensor
 
 from attn_core.runtime.batch import ForwardBatch, TreeMask
 from attn_core.runtime.kv_cache import KVCache
@@ -43,13 +45,32 @@ def _transposed(batch: ForwardBatch, cache: KVCache) -> ForwardBatch | None:
     return None if tree is None else replace(batch, tree=TreeMask(tree.visible.transpose(1, 2).contiguous()))
 
 
+def _uncausal(batch: ForwardBatch, _cache: KVCache) -> ForwardBatch | None:
+    if batch.tree is not None or batch.spans is not None:
+        return None
+    whole = torch.stack((torch.zeros_like(batch.seq_lens), batch.seq_lens), dim=-1)
+    return replace(batch, spans=whole[:, None])
+
+
+def _sinks(change: Callable[[Tensor, AttentionLayer], Tensor]) -> OfLayer:
+    return lambda layer: None if layer.sinks is None else replace(layer, sinks=change(layer.sinks.float(), layer))
+
+
 #: Mistake -> what the layer is taken for.
 LAYERS: Final[dict[str, OfLayer]] = {
     "a window of one key more": _window(1),
     "a window of one key less": _window(-1),
     "no window": lambda layer: None if layer.sliding_window is None else replace(layer, sliding_window=None),
     "no soft cap": lambda layer: replace(layer, softcap=0.0) if layer.softcap else None,
+    "a soft cap before the scale": lambda layer: (
+        replace(layer, softcap=layer.softcap * layer.scale) if layer.softcap else None
+    ),
     "no sink": lambda layer: None if layer.sinks is None else replace(layer, sinks=None),
+    "a sink that counts twice": _sinks(lambda sinks, _: sinks + math.log(2.0)),
+    "a sink that is scaled like a score": _sinks(lambda sinks, layer: sinks * layer.scale),
+    "a sink that is capped like a score": _sinks(
+        lambda sinks, layer: layer.softcap * torch.tanh(sinks / layer.softcap) if layer.softcap else sinks
+    ),
     "scores that are not scaled": lambda layer: replace(layer, scale=1.0),
     "the width of the keys to the -1/2 as scale": lambda layer: replace(layer, scale=layer.qk_head_dim**-0.5),
     "keys without their scale": lambda layer: replace(layer, k_scale=1.0) if layer.k_scale != 1 else None,
@@ -62,6 +83,7 @@ BATCHES: Final[dict[str, OfBatch]] = {
     "pages that follow each other": _consecutive,
     "a chain in place of the tree": lambda batch, _: None if batch.tree is None else replace(batch, tree=None),
     "a transposed tree": _transposed,
+    "queries that see what comes after them": _uncausal,
     "no spans": lambda batch, _: None if batch.spans is None else replace(batch, spans=None),
     "the pages of the first request": lambda batch, _: replace(
         batch, page_table=batch.page_table[:1].expand_as(batch.page_table)
@@ -78,12 +100,28 @@ def likeness(
     for name, layer, mistaken in _mistaken(inputs.layer, batch, cache):
         if _fits(output, inputs, layer, mistaken, cache, precision):
             return name
+    in_turn = _in_turn(output, inputs)
+    if in_turn is not None and _fits(*in_turn, in_turn[1].layer, batch, cache, precision):
+        return "query heads that take the KV heads in turn"
     for name, base in LOG_BASES.items():
         if output.lse is not None:
             natural = Output(output.out, output.lse * torch.tensor(base).log().to(output.lse))
             if _fits(natural, inputs, inputs.layer, batch, cache, precision):
                 return name
     return None
+
+
+def _in_turn(output: Output, inputs: Inputs) -> tuple[Output, Inputs] | None:
+    """Both with their heads in another order: that in which head h of KV heads taken in turn is one of its group."""
+    layer = inputs.layer
+    if layer.num_kv_heads == 1 or layer.group_size == 1:
+        return None
+    order = torch.arange(layer.num_q_heads).reshape(layer.group_size, layer.num_kv_heads).t().flatten()
+    sinks = None if layer.sinks is None else layer.sinks[order]
+    return (
+        Output(output.out[:, order], None if output.lse is None else output.lse[:, order]),
+        replace(inputs, layer=replace(layer, sinks=sinks), q=inputs.q[:, order]),
+    )
 
 
 def _mistaken(
