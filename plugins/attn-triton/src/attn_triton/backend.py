@@ -25,7 +25,7 @@ from attn_triton.route import FEW_ROWS, by_split
 from attn_triton.step import Step, prepare_tree, step_of
 from attn_triton.warm import layers_of, warm_batches, warm_layer
 from attn_triton.workspace import Workspace
-from attn_triton.write import BoundWrite, aligned, bind_write, check_rows, row_strides
+from attn_triton.write import BoundWrite, bind_write, check_rows
 
 Result = Tensor | tuple[Tensor, Tensor]
 
@@ -127,7 +127,7 @@ class TritonBackend(AttentionBackend):
     def write_kv(self, k: Tensor, v: Tensor | None, layer: AttentionLayer, slot_mapping: Tensor) -> None:
         bound = self._bound(layer, k.dtype)
         check_rows(k, v, bound.kind.geometry, slot_mapping)
-        bind_write(self.launchers, bound, k, v, slot_mapping).run(k, v, bound, row_strides(k, v))
+        bind_write(self.launchers, bound, k, v, slot_mapping).run(k, v, bound)
 
     def init_cuda_graph_state(self, max_batch_size: int, max_num_tokens: int) -> None:
         parts = self._most_parts(-(-max_num_tokens // max(1, max_batch_size)))
@@ -215,13 +215,12 @@ class TritonBackend(AttentionBackend):
                 f"layer {bound.layer.layer_id}: {'no keys to store' if k is None else 'keys, and no slots for them'}",
                 accepted="k and v with their slots (a cross layer's: encoder_slot_mapping), or save_kv_cache=False",
             )
-        strides = row_strides(k, v)
-        key = (bound.number, k.dtype, None if v is None else v.dtype, aligned(strides))
+        key = (bound.number, k.dtype, None if v is None else v.dtype)
         ready: BoundWrite | None = step.bound.get(key)
         if ready is None:
             check_rows(k, v, bound.kind.geometry, slots)
             ready = step.bound[key] = bind_write(self.launchers, bound, k, v, slots)
-        ready.run(k, v, bound, strides)
+        ready.run(k, v, bound)
 
     def _outputs(
         self, q: Tensor, layer: AttentionLayer, return_lse: bool, out: Tensor | None

@@ -18,27 +18,41 @@ from attn_triton.workspace import Workspace
 
 #: Positions of the arguments that change from layer to layer: q, k, v, sinks, out, lse.
 MOVING: Final = (0, 1, 2, 8, 9, 10)
-#: Token and head strides of q and out; scale, cap and the values' scale.
-STRIDES, SCALES = slice(17, 21), slice(23, 26)
+#: Sinks, out and lse; token and head strides of q and out; scale, cap and the values' scale.
+OUTPUTS, STRIDES, SCALES = slice(8, 11), slice(17, 21), slice(23, 26)
 
 
 @dataclass(slots=True, eq=False)
 class BoundAttend:
-    """A kernel over keys and values for one kind of layers in one step, ready to launch. ``strides`` and ``scales``:
-    where its arguments have the token and head strides of q and out; scale, cap and the values' scale.
+    """A kernel over keys and values for one kind of layers in one step, ready to launch. Its arguments begin with q, k
+    and v; ``outputs``, ``strides`` and ``scales``: where they have sinks, out and lse; the token and head strides of q
+    and out; scale, cap and the values' scale.
     """
 
     attend: Bound
     grid: int
+    outputs: slice
     strides: slice
     scales: slice
 
     def run(self, q: Tensor, out: Tensor, lse: Tensor | None, bound: BoundLayer, scale: tuple[float, float]) -> None:
         """Whole rows into out and lse, parts into the workspace."""
         attend, layer = self.attend, bound.layer
-        attend.place(q, bound.k_pool, bound.v_pool, layer.sinks, out, lse)
-        attend.values[self.strides] = (*q.stride()[:2], *out.stride()[:2])
-        attend.values[self.scales] = (*scale, value_scale(layer))
+        values, sinks = attend.values, layer.sinks
+        if attend.interpreted:
+            attend.place(q, bound.k_pool, bound.v_pool, sinks, out, lse)
+        else:
+            k_at, v_at = bound.pools
+            q_at, out_at = q.data_ptr(), out.data_ptr()
+            sinks_at = 0 if sinks is None else sinks.data_ptr()
+            lse_at = 0 if lse is None else lse.data_ptr()
+            values[:3] = (q_at, k_at, v_at)
+            values[self.outputs] = (sinks_at, out_at, lse_at)
+            attend.aligned = not (q_at | k_at | v_at | sinks_at | out_at | lse_at) & 15
+        q_token, q_head, _ = q.stride()
+        out_token, out_head, _ = out.stride()
+        values[self.strides] = (q_token, q_head, out_token, out_head)
+        values[self.scales] = (*scale, value_scale(layer))
         attend.launch(self.grid)
 
 
@@ -74,7 +88,8 @@ class DecodeKernels:
             return BoundDecode(hopper_mla.bind(self._launchers, step, layer, partition, q, out, lse), merge)
         if partition.cut.tile.gluon:
             attend, grid = hopper_decode.bind(self._launchers, layer, partition, q, out, lse)
-            return BoundDecode(BoundAttend(attend, grid, hopper_decode.STRIDES, hopper_decode.SCALES), merge)
+            places = (hopper_decode.OUTPUTS, hopper_decode.STRIDES, hopper_decode.SCALES)
+            return BoundDecode(BoundAttend(attend, grid, *places), merge)
         return BoundDecode(self._plain(step, layer, partition, q, out, lse), merge)
 
     def _plain(
@@ -106,4 +121,4 @@ class DecodeKernels:
             ],
             moving=MOVING,
         )  # fmt: skip
-        return BoundAttend(attend, cut.groups * cut.tiles * geometry.num_kv_heads, STRIDES, SCALES)
+        return BoundAttend(attend, cut.groups * cut.tiles * geometry.num_kv_heads, OUTPUTS, STRIDES, SCALES)

@@ -26,8 +26,8 @@ REGISTERS, MOST_REGISTERS = 65536, 255
 
 #: Positions of the arguments that change from layer to layer: q, k, v, sinks, out, lse.
 MOVING: Final = (0, 1, 2, 5, 6, 7)
-#: Token and head strides of q and out; scale, cap and the values' scale.
-STRIDES, SCALES = slice(14, 18), slice(20, 23)
+#: Sinks, out and lse; token and head strides of q and out; scale, cap and the values' scale.
+OUTPUTS, STRIDES, SCALES = slice(5, 8), slice(14, 18), slice(20, 23)
 
 
 def takes(chip: Chip, kind: Kind, step: Step | None) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from attn_core.errors import ConfigError
@@ -30,7 +30,7 @@ class Kind:
 @dataclass(slots=True, eq=False)
 class BoundLayer:
     """A layer, its kind, its pools as [pages, page_size, Hkv, D] views, and a number for its kind that hashes in no
-    time.
+    time. ``pools``: their addresses.
     """
 
     layer: AttentionLayer
@@ -38,6 +38,10 @@ class BoundLayer:
     number: int
     k_pool: Tensor
     v_pool: Tensor
+    pools: tuple[int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pools = (self.k_pool.data_ptr(), self.v_pool.data_ptr())
 
     def still_fits(self, dtype: torch.dtype) -> bool:
         """Whether the layer still is what was bound, and ``dtype`` what its queries were."""

@@ -127,10 +127,12 @@ def direct(kernel: Any) -> Direct:
 class Bound:
     """A launcher with its arguments. Those at ``moving`` are tensors that change from launch to launch, dtypes kept.
 
-    ``values`` are what the driver takes, constants last; numbers that are not specialised may be replaced there.
+    ``values`` are what the driver takes, constants last; numbers that are not specialised may be replaced there. Where
+    a microsecond counts addresses may, too, with ``aligned`` told whether all that move are multiples of 16; not in a
+    launch that is ``interpreted``, which takes tensors (`place`).
     """
 
-    __slots__ = ("_aligned", "_args", "_fast", "_head", "_launcher", "_moving", "values")
+    __slots__ = ("_args", "_fast", "_head", "_launcher", "_moving", "aligned", "interpreted", "values")
 
     def __init__(self, launcher: Launcher, args: Sequence[Any], moving: tuple[int, ...] = ()) -> None:
         self._launcher = launcher
@@ -139,7 +141,8 @@ class Bound:
         self._moving = moving
         self._fast: Callable[..., None] | None = None
         self._head: tuple[Any, ...] = ()
-        self._aligned = not any(self.values[i] % 16 for i in moving)
+        self.interpreted = launcher.interpreted
+        self.aligned = not any(self.values[i] % 16 for i in moving)
 
     def place(self, *tensors: Tensor | None) -> None:
         """The tensors of this launch in the ``moving`` places; None leaves a place that the kernel does not look at."""
@@ -148,8 +151,8 @@ class Bound:
             if tensor is not None:
                 values[i] = address = tensor.data_ptr()
                 bits |= address
-        self._aligned = not bits & 15
-        if self._launcher.interpreted:
+        self.aligned = not bits & 15
+        if self.interpreted:
             for i, tensor in zip(self._moving, tensors, strict=True):
                 self._args[i] = self._args[i] if tensor is None else tensor
 
@@ -158,16 +161,16 @@ class Bound:
         launcher, values = self._launcher, self.values
         if not x:
             return
-        if launcher.interpreted:
+        if self.interpreted:
             args = [a if isinstance(a, Tensor) else v for a, v in zip(self._args, values, strict=False)]
             launcher.kernel[(x, y)](*args, **launcher.constants)
             return
         fast = self._fast
-        if fast is not None and self._aligned:
+        if fast is not None and self.aligned:
             fast(x, y, 1, launcher.stream(), *self._head, *values)
             return
         call = launcher.compiled(self._args, values)
-        if self._aligned and isinstance(call, Direct):
+        if self.aligned and isinstance(call, Direct):
             self._fast, self._head = call.launch, call.head
         call(x, y, launcher.stream(), *values)
 

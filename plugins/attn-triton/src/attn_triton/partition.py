@@ -23,6 +23,7 @@ from attn_triton.workspace import Workspace
 
 #: Positions of the arguments of the merge that change from layer to layer: out, lse.
 MOVING: Final = (2, 3)
+OUTPUTS = slice(2, 4)
 #: Token and head stride of out.
 STRIDES = slice(10, 12)
 
@@ -70,9 +71,16 @@ class BoundMerge:
 
     def run(self, out: Tensor, lse: Tensor | None) -> None:
         """Fill the rows of out [T, Hq, Dv] and lse [T, Hq] whose keys were split."""
-        self.bound.place(out, lse)
-        self.bound.values[STRIDES] = out.stride()[:2]
-        self.bound.launch(*self.grid)
+        bound = self.bound
+        values = bound.values
+        if bound.interpreted:
+            bound.place(out, lse)
+        else:
+            out_at, lse_at = out.data_ptr(), 0 if lse is None else lse.data_ptr()
+            values[OUTPUTS] = (out_at, lse_at)
+            bound.aligned = not (out_at | lse_at) & 15
+        values[STRIDES] = out.stride()[:2]
+        bound.launch(*self.grid)
 
 
 class Partitions:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Final
 
 from attn_core.errors import BatchError
@@ -15,26 +16,42 @@ from attn_triton.launch import Bound, Launchers
 
 #: Positions of the arguments that change from layer to layer: k, v and their pools.
 MOVING: Final = (0, 1, 3, 4)
+ROWS, POOLS = slice(0, 2), slice(3, 5)
 #: Scales, and token and head strides of k and v.
 NUMBERS = slice(6, 12)
-#: Token and head strides of k, then of v.
-RowStrides = tuple[int, int, int, int]
 #: Elements of keys that one program stores.
 PROGRAM_ELEMENTS = 2048
 
 
 @dataclass(slots=True, eq=False)
 class BoundWrite:
-    """The write of layers of one geometry to the same slots, ready to launch."""
+    """The write of layers of one geometry to the same slots, ready to launch: compiled for rows that can be read in
+    wide pieces, since all strides are multiples of 16 elements, or for others.
+    """
 
-    bound: Bound
+    make: Callable[[bool], Bound]
     grid: int
+    made: dict[bool, Bound] = field(default_factory=dict)
 
-    def run(self, k: Tensor, v: Tensor | None, layer: BoundLayer, strides: RowStrides) -> None:
+    def run(self, k: Tensor, v: Tensor | None, layer: BoundLayer) -> None:
         """Store k [T, Hkv, Dk] and v [T, Hkv, Dv] (None for MLA) at the slots this was bound to."""
-        bound = self.bound
-        bound.place(k, k if v is None else v, layer.k_pool, layer.v_pool)
-        bound.values[NUMBERS] = (float(layer.layer.k_scale), float(layer.layer.v_scale), *strides)
+        if v is None:
+            v = k
+        k_token, k_head, _ = k.stride()
+        v_token, v_head, _ = v.stride()
+        wide = not (k_token | k_head | v_token | v_head) & 15
+        bound = self.made.get(wide)
+        if bound is None:
+            bound = self.made[wide] = self.make(wide)
+        values, scales = bound.values, layer.layer
+        if bound.interpreted:
+            bound.place(k, v, layer.k_pool, layer.v_pool)
+        else:
+            k_at, v_at = k.data_ptr(), v.data_ptr()
+            k_pool, v_pool = values[POOLS] = layer.pools
+            values[ROWS] = (k_at, v_at)
+            bound.aligned = not (k_at | v_at | k_pool | v_pool) & 15
+        values[NUMBERS] = (float(scales.k_scale), float(scales.v_scale), k_token, k_head, v_token, v_head)
         bound.launch(self.grid)
 
 
@@ -47,26 +64,17 @@ def bind_write(launchers: Launchers, layer: BoundLayer, k: Tensor, v: Tensor | N
     constants = {
         **geometry.pool_constants(), "TOKENS": tokens, "HKV": geometry.num_kv_heads, "HEADS": heads,
         "D": geometry.qk_dim, "D_PADDED": padded, "DV": geometry.v_dim, "V_PADDED": v_padded, "HAS_V": v is not None,
-        "LIMIT": geometry.fp8_limit, "ALIGNED": aligned(row_strides(k, v)), "PDL": launchers.dependent,
+        "LIMIT": geometry.fp8_limit, "PDL": launchers.dependent,
     }  # fmt: skip
     values = k if v is None else v
-    launcher = launchers.get(write_kernel, constants, {"num_warps": 4}, (k.dtype, values.dtype, geometry.kv_dtype))
     args = [k, values, slots, layer.k_pool, layer.v_pool, slots.shape[0], 1.0, 1.0, 0, 0, 0, 0]
-    return BoundWrite(Bound(launcher, args, moving=MOVING), -(-slots.shape[0] // tokens))
 
+    def make(wide: bool) -> Bound:
+        dtypes = (k.dtype, values.dtype, geometry.kv_dtype)
+        launcher = launchers.get(write_kernel, {**constants, "ALIGNED": wide}, {"num_warps": 4}, dtypes)
+        return Bound(launcher, args, moving=MOVING)
 
-def row_strides(k: Tensor, v: Tensor | None) -> RowStrides:
-    """Token and head strides of k and v; without v those of k again."""
-    k_token, k_head = k.stride()[:2]
-    if v is None:
-        return k_token, k_head, k_token, k_head
-    v_token, v_head = v.stride()[:2]
-    return k_token, k_head, v_token, v_head
-
-
-def aligned(strides: RowStrides) -> bool:
-    """Whether rows can be read in wide pieces: all strides are multiples of 16 elements."""
-    return not (strides[0] | strides[1] | strides[2] | strides[3]) & 15
+    return BoundWrite(make, -(-slots.shape[0] // tokens))
 
 
 def check_rows(k: Tensor, v: Tensor | None, geometry: Geometry, slots: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""MLA decode on Hopper: what orders its two roles. Without any one barrier or fence, the machine finds who races.
+"""MLA decode on Hopper: what orders its three roles. Without any one barrier or fence, the machine finds who races.
 
 racecheck of compute-sanitizer cannot tell: it does not follow an order through a barrier of some warps and an arrival
 of one of their threads (TUNING.md), which is how the roles of a Gluon kernel hand things over.
@@ -12,8 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import chosen_steps
 import pytest
 import torch
+from attn_core.runtime.batch import ForwardMode
+from attn_core.runtime.kv_cache import KVCache
 from attn_triton.ahead import CHIPS, AheadLaunchers
 from attn_triton.backend import TritonBackend
 from attn_triton.chip import Chip
@@ -23,6 +26,7 @@ from ptx_machine import launching
 from ptx_machine.launching import MachineLaunchers
 from ptx_machine.program import Program, parse
 from ptx_machine.walking import MachineError
+from random_cases import fill
 from torch import Tensor
 
 SOURCE = Path(gluon_mla.__file__).read_text().splitlines()
@@ -32,6 +36,8 @@ LINE = STEPS["decode MLA by the copy engine, a line"]
 HEADS = replace(ONE, heads=(128, 1))
 #: Requests that part at other places than programs do, so that a program has several pieces.
 PIECES = replace(LINE, new=(1,) * 5, cached=(130, 63, 0, 200, 64))
+#: Several queries a request in two programs each, of two tiles, of one, of none.
+QUERIES = replace(ONE, mode=ForwardMode.TARGET_VERIFY, heads=(40, 1), new=(2, 1, 0), cached=(126, 60, 0))
 
 
 def machine(multiprocessors: int = 132) -> partial[TritonBackend]:
@@ -39,10 +45,22 @@ def machine(multiprocessors: int = 132) -> partial[TritonBackend]:
     return partial(TritonBackend, chip=replace(launchers.chip, multiprocessors=multiprocessors), launchers=launchers)
 
 
-@pytest.mark.parametrize("step", [HEADS, PIECES], ids=["two programs a request", "pieces"])
+@pytest.mark.parametrize("step", [HEADS, PIECES, QUERIES], ids=["two programs a request", "pieces", "queries"])
 @pytest.mark.parametrize("multiprocessors", [132, 3])
 def test_roles_hand_over_in_order(step: ChosenStep, multiprocessors: int) -> None:
     assert step_faults(step, "cpu", machine(multiprocessors)) == []
+
+
+@pytest.mark.parametrize("louder", [4, 12])
+def test_what_was_computed_is_scaled_when_scores_outgrow_it(louder: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Maxima grow by less than is let pass, and by more, in some rows and tiles."""
+
+    def loud(cache: KVCache, *args: Any) -> None:
+        fill(cache, *args)
+        cache.k(0).mul_(louder)
+
+    monkeypatch.setattr(chosen_steps, "fill", loud)
+    assert step_faults(replace(ONE, cached=(390,)), "cpu", machine(1)) == []
 
 
 class Gapped(TritonBackend):
@@ -92,13 +110,12 @@ def without(pattern: str, before: str, ptx: str) -> str:
 @pytest.mark.parametrize(
     ("pattern", "before", "said"),
     [
-        ("bar", "mbarrier.arrive(scaled.", r"ld\.shared.* reads what warp \d+ .* wrote"),
-        ("bar", "mbarrier.arrive(ready.", r"wgmma.* reads what warp \d+ .* wrote"),
+        ("bar", "mbarrier.arrive(ready.", r"(ld\.shared|wgmma).* reads what warp \d+ .* wrote"),
         ("fence", "mbarrier.arrive(ready.", r"wgmma.* gives the engines, with no fence, what warp \d+ .* stored"),
         ("bar", "mbarrier.arrive(consumed.", r"writes what warp \d+ .* reads"),
         ("bar", "mbarrier.arrive(ends.index(SUMMED)", r"ld\.shared.* reads what warp \d+ .* wrote"),
     ],
-    ids=["factors", "probabilities", "proxy", "consumed", "sums"],
+    ids=["probabilities", "proxy", "consumed", "sums"],
 )  # fmt: skip
 def test_without_one_of_them_roles_race(pattern: str, before: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def edited(ptx: str, shared: int) -> Program:
