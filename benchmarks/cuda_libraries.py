@@ -79,12 +79,14 @@ def _run(what: str, given: argparse.Namespace) -> None:
         write_rows(given.out / "cuda_host.json", host_rows())
         return
     if what == "layers":
+        import torch
         from cuda.layers import layer_rows
 
         found = []
-        for layer_row in layer_rows(given.backends.split(","), given.rounds):
-            found.append(layer_row)
-            write_rows(given.out / "cuda_layers.json", found)
+        with torch.inference_mode():
+            for layer_row in layer_rows(given.backends.split(","), given.rounds):
+                found.append(layer_row)
+                write_rows(given.out / "cuda_layers.json", found)
         return
     if what == "traps":
         from cuda.traps import run_traps as run

@@ -70,7 +70,7 @@ case $stage in
     [ "${MODELS:-80}" = 0 ] || { lib "${MODELS:-80}" models models mixed traps; bring "models, mixed plans and traps"; }
     lib "${SPEED:-80}" speed speed --backends "${TIMED:-flashinfer,fa3,flashmla,flashinfer_mla}" --seconds 0.06; bring "speed" ;;
   layers)
-    lib "${LAYERS:-40}" layers layers --backends "${TIMED:-flashinfer_mla,flashmla,flashinfer,fa3}" --rounds "${ROUNDS:-60}"; bring layers ;;
+    lib "${LAYERS:-40}" layers layers --backends "${TIMED:-flashinfer_mla,flashmla,fa3,flashinfer}" --rounds "${ROUNDS:-60}"; bring layers ;;
   fa4)
     TIER=${TIER:-contract}; VERIFY=${VERIFY:-110}
     check fa4 15; bring verified

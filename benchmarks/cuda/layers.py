@@ -1,7 +1,12 @@
-"""What a layer costs the host above its library's own call: short blocks of calls, ours and the library's in turn."""
+"""What a layer costs the host above its library's own call: short blocks of calls, ours and the library's in turn.
+
+In inference mode, as engines and `attn generate` run; on one core, and without collections, as timeit measures.
+"""
 
 from __future__ import annotations
 
+import gc
+import os
 import statistics
 import time
 import traceback
@@ -31,9 +36,12 @@ def host_cost(ours: Callable[[], object], library: Callable[[], object], rounds:
     for call in (ours, library):
         _block(call)
     samples = []
+    gc.collect()
+    gc.disable()
     for i in range(rounds):
         times = {which: _block(call) for which, call in _in_turn(ours, library, i)}
         samples.append((times["ours"], times["library"]))
+    gc.enable()
     above = [mine - theirs for mine, theirs in samples]
     low, _, high = statistics.quantiles(above, n=4)
     mine, theirs = (statistics.median(column) for column in zip(*samples, strict=True))
@@ -54,7 +62,8 @@ def _block(call: Callable[[], object]) -> float:
 
 
 def layer_rows(names: list[str], rounds: int) -> Iterator[dict[str, Any]]:
-    """One row for each backend and shape of its kind."""
+    """One row for each backend and shape of its kind; to be iterated in inference mode."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     for name in names:
         for shape in SHAPES.values():
             if name not in BACKENDS[shape.bench]:

@@ -86,20 +86,6 @@ class FA3Backend(AttentionBackend):
 
     # -- the layer -----------------------------------------------------------------------------------------------------
 
-    def forward_decode(
-        self,
-        q: Tensor,
-        k: Tensor | None,
-        v: Tensor | None,
-        layer: AttentionLayer,
-        batch: ForwardBatch,
-        *,
-        save_kv_cache: bool = True,
-        return_lse: bool = False,
-        out: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        return self.forward_extend(q, k, v, layer, batch, save_kv_cache=save_kv_cache, return_lse=return_lse, out=out)
-
     def forward_extend(
         self,
         q: Tensor,
@@ -127,6 +113,8 @@ class FA3Backend(AttentionBackend):
             raise BatchError("a cross layer in a batch without encoder_seq_lens and encoder_page_table")
         found = self._calls.attend(q, bound, step, keys, bound.shape, out=out)
         return _finish(found, layer.sinks, return_lse, out)
+
+    forward_decode = forward_extend
 
     def forward_ragged(
         self,

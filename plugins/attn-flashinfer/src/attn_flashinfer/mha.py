@@ -90,20 +90,6 @@ class FlashInferBackend(RaggedForward):
 
     # -- the layer -----------------------------------------------------------------------------------------------------
 
-    def forward_decode(
-        self,
-        q: Tensor,
-        k: Tensor | None,
-        v: Tensor | None,
-        layer: AttentionLayer,
-        batch: ForwardBatch,
-        *,
-        save_kv_cache: bool = True,
-        return_lse: bool = False,
-        out: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        return self.forward_extend(q, k, v, layer, batch, save_kv_cache=save_kv_cache, return_lse=return_lse, out=out)
-
     def forward_extend(
         self,
         q: Tensor,
@@ -132,6 +118,8 @@ class FlashInferBackend(RaggedForward):
         except RAISED as error:
             raise raised(error, f"layer {layer.layer_id}") from error
         return finish(found, layer.sinks, return_lse, out)
+
+    forward_decode = forward_extend
 
     def _wrapper(self, shape: LayerShape, batch: ForwardBatch) -> Any:
         step = batch.plan_state

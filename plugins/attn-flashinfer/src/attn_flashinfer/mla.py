@@ -114,20 +114,6 @@ class FlashInferMLABackend(RaggedForward):
             raise BatchError("no graph state", hint="call init_cuda_graph_state first")
         return self._graphs
 
-    def forward_decode(
-        self,
-        q: Tensor,
-        k: Tensor | None,
-        v: Tensor | None,
-        layer: AttentionLayer,
-        batch: ForwardBatch,
-        *,
-        save_kv_cache: bool = True,
-        return_lse: bool = False,
-        out: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        return self.forward_extend(q, k, v, layer, batch, save_kv_cache=save_kv_cache, return_lse=return_lse, out=out)
-
     def forward_extend(
         self,
         q: Tensor,
@@ -161,7 +147,7 @@ class FlashInferMLABackend(RaggedForward):
             rows, lse = wrapper.run(
                 query=q.split_with_sizes(bound.widths, -1),
                 kv_cache=bound.pools,
-                out=None if added else writable(out),
+                out=None if out is None or added else writable(out),
                 return_lse=True,
                 return_lse_base_on_e=True,
                 **bound.scales,
@@ -173,6 +159,8 @@ class FlashInferMLABackend(RaggedForward):
         if out is not None and rows is not out:
             rows = out.copy_(rows)
         return (rows, lse) if return_lse else rows
+
+    forward_decode = forward_extend
 
     def _bind(self, layer: AttentionLayer) -> BoundLatent:
         shape, latent = LatentShape.of(layer), self.kv_cache.k(layer.layer_id)

@@ -78,6 +78,8 @@ class FlashMLABackend(LatentDecodeBackend):
     def __init__(self, config: AttentionConfig, kv_cache: KVCache) -> None:
         super().__init__(config, kv_cache)
         self._library = load()
+        self._decode = self._library.decode
+        self._given: dict[str, Any] = {"is_fp8_kvcache": self._fp8, **self._library.hopper}
         self._pools: dict[int, Tensor] = {}
 
     def _new_schedule(self, step: LatentStep, num_heads: int) -> Any:
@@ -105,30 +107,27 @@ class FlashMLABackend(LatentDecodeBackend):
     def attend(
         self, q: Tensor, layer: AttentionLayer, step: LatentStep, return_lse: bool, out: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        library = self._library
         pool = self._pools.get(layer.layer_id)
         if pool is None:
             pool = self._pools[layer.layer_id] = self.kv_cache.k_nhd(layer.layer_id)
-        descales: dict[str, Tensor] = {}
+        given, heads = self._given, layer.num_q_heads
         if self._fp8:
             rows, scale = quantize(q.flatten(0, 1), step.page_table)
             q = rows.view(q.shape)
-            descales = {"descale_q": scale, "descale_k": self._on_device(layer.k_scale)}
+            given = {**given, "descale_q": scale, "descale_k": self._on_device(layer.k_scale)}
+        made = None if step.in_graph else step.shared.get(heads)
+        schedule = step.once(heads, layer.layer_id, self._new_schedule, step, heads) if made is None else made[1]
         try:
-            found, lse = library.decode(
+            found, lse = self._decode(
                 q,
                 pool,
-                block_table=step.page_table,
-                cache_seqlens=step.seq_lens,
-                head_dim_v=layer.v_head_dim,
-                tile_scheduler_metadata=step.once(
-                    layer.num_q_heads, layer.layer_id, self._new_schedule, step, layer.num_q_heads
-                ),
+                step.page_table,
+                step.seq_lens,
+                layer.v_head_dim,
+                schedule,
                 softmax_scale=layer.scale,
                 causal=step.query_len > 1,
-                is_fp8_kvcache=self._fp8,
-                **library.hopper,
-                **descales,
+                **given,
             )
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
             raise raised(error, "FlashMLA", layer, "`attn verify flashmla` shows whether it works here") from error
