@@ -36,11 +36,14 @@ def host_cost(ours: Callable[[], object], library: Callable[[], object], rounds:
     for call in (ours, library):
         _block(call)
     samples = []
+    cores = os.sched_getaffinity(0)
     gc.collect()
     gc.disable()
+    os.sched_setaffinity(0, {max(cores)})  # this thread's, not those that CUDA has begun
     for i in range(rounds):
         times = {which: _block(call) for which, call in _in_turn(ours, library, i)}
         samples.append((times["ours"], times["library"]))
+    os.sched_setaffinity(0, cores)
     gc.enable()
     above = [mine - theirs for mine, theirs in samples]
     low, _, high = statistics.quantiles(above, n=4)
@@ -63,7 +66,6 @@ def _block(call: Callable[[], object]) -> float:
 
 def layer_rows(names: list[str], rounds: int) -> Iterator[dict[str, Any]]:
     """One row for each backend and shape of its kind; to be iterated in inference mode."""
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     for name in names:
         for shape in SHAPES.values():
             if name not in BACKENDS[shape.bench]:
