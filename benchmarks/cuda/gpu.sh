@@ -38,8 +38,8 @@ lib() { local limit=$1 log=$2; shift 2; timeout "$limit" python3 benchmarks/cuda
 pack() { tar -C "$R" -czf "$OUT/cuda-$stage.$1" . && mv "$OUT/cuda-$stage.$1" "$OUT/cuda-$stage.tgz"; }
 bring() { pack tmp; echo "$1 at $((SECONDS - begun)) s"; }
 ( while sleep 12; do pack part; done ) > /dev/null 2>&1 & packer=$!  # a run that is killed outright brings what was there
-over() { kill $packer 2>/dev/null; [ -d "${CUDA_MPS_PIPE_DIRECTORY:-}" ] && echo quit | timeout 5 nvidia-cuda-mps-control; }
-trap over EXIT
+alone() { [ -d "${CUDA_MPS_PIPE_DIRECTORY:-}" ] && echo quit | timeout 5 nvidia-cuda-mps-control; unset CUDA_MPS_PIPE_DIRECTORY; }
+trap 'kill $packer 2>/dev/null; alone' EXIT
 share() { # many processes on one GPU take turns by time slices, unless NVIDIA's own service lets them run side by side
   export CUDA_MPS_PIPE_DIRECTORY=/tmp/attn-mps CUDA_MPS_LOG_DIRECTORY=/tmp/attn-mps-log; mkdir -p /tmp/attn-mps /tmp/attn-mps-log
   timeout 10 nvidia-cuda-mps-control -d > "$R/mps.txt" 2>&1 &&
@@ -63,7 +63,7 @@ case $stage in
     [ -n "${ALSO:-}" ] && lib "${MODELS:-90}" models $ALSO &
     [ -n "${CASES:-}" ] && lib 100 cases cases $CASES &
     for job in $(jobs -p); do [ "$job" = $packer ] || wait "$job"; done; times > "$R/times.txt"
-    tail -n 1 "$R/times.txt"; bring verified
+    tail -n 1 "$R/times.txt"; alone; bring verified
     [ "${SAVE:-0}" = 1 ] && tar -C "$S" -c triton-cache | xz -1 -T 0 > "$OUT/triton-cache.tar.xz" && echo "saved at $((SECONDS - begun)) s" ;;
   measure)
     [ "${HOST:-45}" = 0 ] || { lib "${HOST:-45}" host host; bring "host costs"; }
@@ -72,8 +72,8 @@ case $stage in
   layers)
     lib "${LAYERS:-40}" layers layers --backends "${TIMED:-flashinfer_mla,flashmla,fa3,flashinfer}" --rounds "${ROUNDS:-60}"; bring layers ;;
   fa4)
-    TIER=${TIER:-contract}; VERIFY=${VERIFY:-110}
-    check fa4 15; bring verified
+    TIER=${TIER:-contract}; VERIFY=${VERIFY:-110}; [ "${MPS:-0}" = 1 ] && share
+    check fa4 15; alone; bring verified
     lib "${SPEED:-60}" speed speed --backends fa4 --seconds 0.08; bring timed
     lib "${LAYERS:-30}" layers layers --backends fa4 --rounds "${ROUNDS:-60}"; bring layers ;;
 esac
