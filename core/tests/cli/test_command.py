@@ -50,6 +50,13 @@ def test_no_arguments_shows_the_help(site: Site) -> None:
     assert "list-backends" in done.out
 
 
+@pytest.mark.parametrize("command", [[], ["list-backends"], ["explain"]])
+def test_help_may_be_asked_for_in_short(site: Site, command: list[str]) -> None:
+    short, long = site.attn(*command, "-h"), site.attn(*command, "--help")
+    assert (short.code, short.out) == (0, long.out)
+    assert "Usage: attn" in short.out
+
+
 def test_an_unknown_command_suggests_the_nearest(site: Site) -> None:
     done = site.attn("list-backend")
     assert done.code == 2

@@ -24,7 +24,7 @@ REF = BackendRef(
 
 
 def run(level: str = "silicon", date: str = "2026-11-22", device: str = "H100", **outcomes: str) -> Evidence:
-    return Evidence("mine", "attn-mine", "1.0", device, level, date, outcomes, "x.json", code="c0de")
+    return Evidence("mine", "attn-mine", "1.0", device, level, date, outcomes, "x.json", ("contract",), "c0de")
 
 
 def matrix(refs: list[BackendRef], runs: list[Evidence], code: str = "c0de") -> list[Row]:
@@ -108,7 +108,7 @@ def test_a_run_of_other_code_says_so(recorded: str, installed: str, mark: str, w
     rows = matrix([REF], [run(sliding_window="proved")._replace(code=recorded)], installed)
     text = to_markdown(rows)
     assert f"| proved, silicon [1]{mark} |" in text
-    assert f"| Has run | silicon [1]{mark} |" in text
+    assert f"| Has run | silicon [1]{mark} contract |" in text
     assert ("†" in text, "‡" in text) == (mark == "†", mark == "‡")
     assert text.endswith(f"\n{mark} {words}" if mark else "\n[1] silicon: H100, 2026-11-22")
     cell = rows[0].features["sliding_window"]
@@ -149,13 +149,30 @@ def test_no_rendering_has_a_bare_tick() -> None:
 def test_every_table_says_what_never_ran_on_silicon() -> None:
     """Beside whatever an emulator has proved."""
     emulated = matrix([REF], [run("isa-emulated", device="gfx942", sliding_window="proved")])
-    assert to_markdown(emulated).count("| Has run | **silicon: never run**; isa-emulated [1] |") == 2
-    assert to_html(emulated).count("<td>silicon: never run<br>isa-emulated: gfx942</td>") == 2
+    assert to_markdown(emulated).count("| Has run | **silicon: never run**; isa-emulated [1] contract |") == 2
+    assert to_html(emulated).count("<td>silicon: never run<br>isa-emulated: gfx942 contract</td>") == 2
     assert to_json(emulated)["backends"][0]["ran"] == {"silicon": [], "isa-emulated": ["gfx942"]}
     both = matrix([REF], [run(sliding_window="proved"), run("isa-emulated", device="gfx942", sliding_window="proved")])
     assert "never run" not in to_markdown(both) + to_html(both)
-    assert to_markdown(both).count("| Has run | silicon [1]; isa-emulated [2] |") == 2
+    assert to_markdown(both).count("| Has run | silicon [1] contract; isa-emulated [2] contract |") == 2
     assert to_markdown(matrix([REF], [])).count("| Has run | **silicon: never run** |") == 2
+
+
+@pytest.mark.parametrize(
+    ("level", "tiers", "said"),
+    [
+        ("silicon", ["contract", "numerics", "stress"], "silicon [1]‡ to stress"),
+        ("silicon", ["contract"], "silicon [1]‡ contract"),
+        ("isa-emulated", [], "isa-emulated [1]‡ contract in part"),
+        ("schema", [], "schema [1]‡"),
+    ],
+)
+def test_how_much_of_the_kit_ran_is_said(level: str, tiers: list[str], said: str) -> None:
+    """A cut-off contract is no whole one, and a contract is no stress."""
+    evidence = Evidence.parse(document(level=level, tiers=tiers), "x.json")._replace(backend="mine", dist="attn-mine")
+    rows = matrix([REF], [evidence._replace(version="1.0")])
+    assert f"{said} |" in to_markdown(rows)
+    assert [run.tiers for run in rows[0].runs] == [tuple(tiers)]
 
 
 def test_the_strongest_level_is_what_a_listing_shows() -> None:
@@ -196,7 +213,14 @@ def test_a_plugin_may_ship_its_evidence(site: Site) -> None:
     (top / "evidence" / "chip").mkdir(parents=True)
     (top / "evidence" / "chip" / "good.json").write_text(json.dumps(document()))
     rows = {each["name"]: each for each in site.attn("matrix", "--format", "json").json["backends"]}
-    proof = {"level": "silicon", "device": "a chip", "date": "2026-11-22", "version": "1.2.3", "code": "unknown"}
+    proof = {
+        "level": "silicon",
+        "device": "a chip",
+        "date": "2026-11-22",
+        "version": "1.2.3",
+        "tiers": [],
+        "code": "unknown",
+    }
     assert rows["good"]["features"]["sliding_window"] == {"state": "proved", "runs": [proof]}
     listed = {each["name"]: each for each in site.attn("list-backends", "--json").json["backends"]}
     assert listed["good"]["evidence"] == "silicon"

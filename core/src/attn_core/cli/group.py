@@ -81,6 +81,7 @@ def _show_version(ctx: click.Context, _param: click.Parameter, asked: bool) -> N
 attn = LazyGroup(
     name="attn",
     help="The plugin layer for attention kernels in LLM serving: correct, or refused.",
+    context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 fine, 1 a check failed, 2 usage, 3 nothing fits, 4 broken or ambiguous, 5 protocol,"
     " 74 cannot read or write.",
     params=[

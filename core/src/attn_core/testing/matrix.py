@@ -38,7 +38,10 @@ class Cell:
     def to_json(self) -> dict[str, Any]:
         """The same as JSON data."""
         names = ("level", "device", "date", "version")
-        runs = [{**{name: getattr(run, name) for name in names}, "code": run.standing} for run in self.runs]
+        runs = [
+            {**{name: getattr(run, name) for name in names}, "tiers": [*run.tiers], "code": run.standing}
+            for run in self.runs
+        ]
         return {"state": self.state, "runs": runs}
 
 
@@ -157,9 +160,14 @@ class _Notes:
         return f"{cell.state}, {cell.runs[0].level} {' '.join(self._mark(run, version) for run in cell.runs)}"
 
     def ran(self, row: Row) -> str:
-        """Every level that the backend has run at, with its runs; and that it never ran on silicon, if it did not."""
+        """Every level that the backend has run at, with its runs and how much of the kit they were.
+
+        And that it never ran on silicon, if it did not.
+        """
         return "; ".join(
-            f"{level} {' '.join(self._mark(run, row.version) for run in runs)}" if runs else f"**{level}: never run**"
+            f"{level} {', '.join(f'{self._mark(run, row.version)} {run.reach}'.rstrip() for run in runs)}"
+            if runs
+            else f"**{level}: never run**"
             for level, runs in row.ran.items()
         )
 
@@ -177,7 +185,8 @@ class _Notes:
         legend = (
             "*proved*: the conformance kit computed it and found it right, at this level on this device. *claimed*: the"
             " manifest says so, and nothing has computed it; with *compiled* its code compiles, with *schema* its calls"
-            " bind. *refused*: not claimed, so a request is refused before anything runs."
+            " bind. *refused*: not claimed, so a request is refused before anything runs. Behind each run stands the"
+            " largest tier of the kit that ran whole: contract, numerics, stress."
         )
         marks = [f"{mark} {words}" for standing, (mark, words) in _MARKS.items() if mark and standing in self._marks]
         return "  \n".join([legend, *self.lines(), *marks])
@@ -221,7 +230,7 @@ def _html_runs(row: Row) -> str:
     import html
 
     texts = [
-        f"{level}: {', '.join(run.device + _since(run) for run in runs) if runs else 'never run'}"
+        f"{level}: {', '.join(f'{run.device} {run.reach}'.rstrip() + _since(run) for run in runs) or 'never run'}"
         for level, runs in row.ran.items()
     ]
     return f"<td>{'<br>'.join(map(html.escape, texts))}</td>"

@@ -30,7 +30,7 @@ Standing = Literal["same", "edited", "unknown"]
 class Evidence(NamedTuple):
     """What one run of the kit found: which backend, where, how, when, and the outcome of each feature.
 
-    code: the hash of the backend's own code, empty in runs that recorded none.
+    tiers: those of the kit that ran whole. code: the hash of the backend's own code, empty in runs that recorded none.
     """
 
     backend: str
@@ -41,8 +41,16 @@ class Evidence(NamedTuple):
     date: str
     outcomes: Mapping[str, str]
     source: str
+    tiers: tuple[str, ...] = ()
     code: str = ""
     standing: Standing = "unknown"
+
+    @property
+    def reach(self) -> str:
+        """How far the run went, of the levels that compute: the largest tier that ran whole, each has those before."""
+        if self.level not in PROVING:
+            return ""
+        return f"to {self.tiers[-1]}" if len(self.tiers) > 1 else "".join(self.tiers) or "contract in part"
 
     def beside(self, installed: str) -> Evidence:
         """The same run, compared with the code that is ``installed``: a hash, or empty."""
@@ -68,6 +76,7 @@ class Evidence(NamedTuple):
                 date=data["date"],
                 outcomes={name: entry["outcome"] for name, entry in data["features"].items()},
                 source=source,
+                tiers=tuple(map(str, data.get("tiers", ()))),
                 code=str(data.get("code", {}).get(data["distribution"]["name"], "")),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
