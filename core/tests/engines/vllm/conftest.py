@@ -45,6 +45,25 @@ class Generated:
     cached: int
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _kernels_registered_once() -> None:
+    """One process has many engines here, and vLLM 0.32 registers its CPU kernels for each.
+
+    It cannot once numba is imported (for n-gram guesses): its walk over all modules meets objects of llvmlite whose
+    ``__dict__`` is none.
+    """
+    from vllm.triton_utils import dispatcher
+
+    register = dispatcher.register_kernels
+
+    def register_new(overrides: Any) -> None:
+        new = {name: kernel for name, kernel in overrides.items() if name not in dispatcher._registry}
+        if new:
+            register(new)
+
+    dispatcher.register_kernels = register_new
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Folders of tiny models, each made when it is first asked for."""
