@@ -21,8 +21,9 @@ from attn_triton.strided import UNIT
 if TYPE_CHECKING:
     from attn_triton.partition import Partition
 
-#: What the kernel is written for: 64 rows, 64 keys, 8 + 4 warps, two tiles in flight; pieces of at least four tiles.
-TILE: Final = DecodeTile(block_m=64, block_n=64, warps=8, stages=2, per_sm=1, least_blocks=4)
+#: What the kernel is written for: 64 rows, 64 keys, three roles of 4 warps, two tiles in flight; pieces of at least
+#: four tiles.
+TILE: Final = DecodeTile(block_m=64, block_n=64, warps=4, stages=2, per_sm=1, least_blocks=4)
 WIDTH, VALUE_WIDTH = 576, 512
 #: The releases of Triton whose Gluon the kernels are written in; with others the plain kernels run.
 GLUON_SERIES: Final = "3.6."
@@ -75,7 +76,7 @@ class BoundMla:
             attend = self.made[unit] = self.make(unit)
         pool = self.pools.get(bound.layer.layer_id)
         if pool is None:
-            pool = self.pools[bound.layer.layer_id] = boxes(bound.k_pool)
+            pool = self.pools[bound.layer.layer_id] = boxes(bound.k_pool, VALUE_WIDTH // 2)
         attend.place(out, lse)
         attend.values[BOXES] = (*boxes(q), *pool)
         attend.values[STRIDES] = (token // unit, head // unit)
@@ -101,7 +102,7 @@ def bind(
         "HAS_LSE": lse is not None, "NB": TILE.stages,
     }  # fmt: skip
     args = [
-        *boxes(q), *boxes(layer.k_pool), keys.pages, keys.lengths, step.starts, out,
+        *boxes(q), *boxes(layer.k_pool, VALUE_WIDTH // 2), keys.pages, keys.lengths, step.starts, out,
         partition.part_lse if lse is None else lse, partition.part_out, partition.part_lse, plan.line, plan.bounds,
         plan.first, cut.splits, 0, 0, keys.pages.stride(0), 1.0, 1.0,
     ]  # fmt: skip
@@ -114,13 +115,13 @@ def bind(
     return BoundMla(make, {}, cut.groups * cut.tiles, {})
 
 
-def boxes(rows: Tensor) -> tuple[Any, Any]:
-    """Descriptors of rows [..., 576] in boxes of [64, 512] and [64, 64], as the copy engine takes them."""
+def boxes(rows: Tensor, width: int = VALUE_WIDTH) -> tuple[Any, Any]:
+    """Descriptors of rows [..., 576] in boxes of [64, ``width``] and [64, 64], as the copy engine takes them."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     flat = rows.reshape(-1, WIDTH)
     layout = box_layout()
-    return tuple(TensorDescriptor(flat, list(flat.shape), [WIDTH, 1], [64, n], layout) for n in (VALUE_WIDTH, 64))
+    return tuple(TensorDescriptor(flat, list(flat.shape), [WIDTH, 1], [64, n], layout) for n in (width, 64))
 
 
 @functools.cache

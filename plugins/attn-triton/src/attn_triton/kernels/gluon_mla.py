@@ -1,18 +1,20 @@
-"""MLA decode for Hopper in Gluon: two roles share every latent tile, one for scores and softmax, one for values.
+"""MLA decode for Hopper in Gluon: three roles share every latent tile, one for scores and softmax, two for values.
 
 A program holds 64 query rows, (token, head), and walks tiles of 64 latent rows of 576 that the copy engine brings. The
-score role (4 warps) computes the scores of tile i + 1 while the value role (8 warps) multiplies the probabilities of
-tile i with the same tile's first 512 columns; the accumulator, 64 x 512 in fp32, never leaves the value role's
-registers. Most of the queries lie in the score role's registers: both operands of a product 64 wide take all the
-bandwidth of shared memory. Their last 64 columns lie nowhere else, which leaves room for two tiles of probabilities.
+score role computes the scores of a tile; each value role multiplies the probabilities with a half of the tile's first
+512 columns, and its accumulator, 64 x 256 in fp32, never leaves its registers. Two tiles fit beside the queries. So the
+first half of the values follows at once, which makes room for half of the tile after the next, and the second half
+waits until the next scores are there: then tensor cores have work during the next softmax. Most of the queries lie in
+the score role's registers: both operands of a product 64 wide take all the bandwidth of shared memory. Their last 64
+columns lie nowhere else, which leaves room for two tiles of probabilities.
 
 Barriers; tiles are counted over all pieces of a program, ``it``, and tile ``it`` is in buffer it % NB and has
 probabilities it % 2:
-  full      a tile is here             copy engine -> scores
-  consumed  a tile is not needed       values -> scores, which write over its probabilities; the value role itself asks
-                                       for the tile that comes next into the buffer
-  scaled    the factors on what was before are there, so that values rescale while the exponentials are computed
-  ready     probabilities are there    scores -> values
+  fulls     a half of a tile is here   copy engine -> scores; the last 64 columns come with the first half
+  scored    scores are computed        scores -> the second half of the values, of the tile before
+  ready     probabilities are there    scores -> values, with the factors on what was before
+  consumed  a tile is not needed       values -> scores, which write over its probabilities; a value role asks itself
+                                       for what comes next into its half of the buffer
   ends      once a piece: queries full; row sums ready, scores -> values; piece done, values -> scores, without which a
             piece of no tiles would let the scores run ahead
 """
@@ -27,81 +29,25 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from attn_triton.kernels.gluon_mla_pieces import (
+    clear_tail,
+    first_piece,
+    line_of,
+    load_half,
+    query_range,
+    row_of,
+    write_rows,
+)
+
 #: Parts of 64 columns of the queries that the score role holds in registers, of nine.
 HELD: gl.constexpr = gl.constexpr(6)
+#: By how much (in powers of two) scores may exceed what is subtracted from them, before that and what was computed with
+#: it are changed: most tiles then change nothing of the accumulator, and 2**8 is far from what 16 bits or fp32 hold.
+SLACK: gl.constexpr = gl.constexpr(8.0)
 #: Which of the barriers that are needed once a piece.
 QUERIES: gl.constexpr = gl.constexpr(0)
 SUMMED: gl.constexpr = gl.constexpr(1)
 DONE: gl.constexpr = gl.constexpr(2)
-
-
-@gluon.jit
-def load_tile(NOPE, ROPE, k0s, k1s, full, buf, row):
-    """Ask for the 64 latent rows from ``row`` on."""
-    bar = full.index(buf)
-    mbarrier.expect(bar, 64 * 576 * 2)
-    tma.async_copy_global_to_shared(NOPE, [row, 0], bar, k0s.index(buf))
-    tma.async_copy_global_to_shared(ROPE, [row, 512], bar, k1s.index(buf))
-
-
-@gluon.jit
-def row_of(page_row, i, behind, PAGE: gl.constexpr):
-    """The pool's row in which tile ``i`` begins; past the end, that of the last tile."""
-    PER: gl.constexpr = PAGE // 64
-    at = gl.minimum(i, gl.maximum(behind - 1, 0))
-    return gl.load(page_row + at // PER) * PAGE + at % PER * 64
-
-
-@gluon.jit
-def clear_tail(k_boxes, buf, rows):
-    """Zero the latent rows from ``rows`` on: behind a sequence lies anything, and 0 * NaN would be NaN."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    r = gl.arange(0, 64, gl.SliceLayout(1, layout))
-    for c in gl.static_range(8):
-        part = k_boxes.index(buf * 8 + c)
-        x = part.load(layout)
-        part.store(gl.where((r < rows)[:, None], x, gl.zeros_like(x)))
-    fence_async_shared()
-    gl.thread_barrier()
-
-
-@gluon.jit
-def first_piece(LENGTHS, BOUNDS, FIRST, g, splits, FIXED: gl.constexpr):
-    """(request, begin, end) of a program's part of the line of tiles; see kernels/decode.py."""
-    if FIXED:
-        b = g // splits
-        line1 = gl.maximum((gl.load(LENGTHS + b) + 63) // 64, 1)
-        per = (line1 + splits - 1) // splits
-        pos = (g % splits) * per
-        end = gl.minimum(pos + per, line1)
-    else:
-        b = gl.load(FIRST + g)
-        pos = gl.load(BOUNDS + g)
-        end = gl.load(BOUNDS + g + 1)
-    return b, pos, end
-
-
-@gluon.jit
-def line_of(LENGTHS, LINE, b, FIXED: gl.constexpr):
-    """Where request ``b`` begins and ends on the line, and its length."""
-    length = gl.load(LENGTHS + b)
-    if FIXED:
-        line0 = b * 0
-        line1 = gl.maximum((length + 63) // 64, 1)
-    else:
-        line0 = gl.load(LINE + b)
-        line1 = gl.load(LINE + b + 1)
-    return line0, line1, length
-
-
-@gluon.jit
-def query_range(STARTS, b, SINGLE: gl.constexpr):
-    """First token and number of tokens of request ``b``."""
-    if SINGLE:
-        return b, b * 0 + 1
-    else:
-        start = gl.load(STARTS + b)
-        return start, gl.load(STARTS + b + 1) - start
 
 
 @gluon.jit
@@ -112,33 +58,37 @@ def lane_sums(p):
 
 @gluon.jit
 def score_tile(
-    i, it, top, total, held, q_boxes, k_boxes, k1s, ps, factors, full, consumed, scaled, ready, length, last_seen,
-    scale, MASKED: gl.constexpr, NB: gl.constexpr, mma: gl.constexpr,
+    i, it, top, total, held, q_boxes, k_boxes, k1s, ps, factors, flags, fulls, consumed, scored, ready, length,
+    last_seen, scale, MASKED: gl.constexpr, NB: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
     """Scores and softmax of tile ``i``; the running maxima, and sums by lane."""
     buf = it % NB
-    mbarrier.wait(full.index(buf), (it // NB) & 1)
+    mbarrier.wait(fulls[0].index(buf), (it // NB) & 1)
     s = gl.zeros([64, 64], gl.float32, layout=mma)
-    for c in gl.static_range(9):
-        k = k_boxes.index(buf * 8 + c) if c < 8 else k1s.index(buf)
+    for c in gl.static_range(4):
         q = q_boxes.index(c) if c < 9 - HELD else held[c - 9 + HELD]
-        s = warpgroup_mma(q, k.permute((1, 0)), s, use_acc=c > 0, is_async=True)
+        s = warpgroup_mma(q, k_boxes[0].index(buf * 4 + c).permute((1, 0)), s, use_acc=c > 0, is_async=True)
+    s = warpgroup_mma(held[HELD - 1], k1s.index(buf).permute((1, 0)), s, is_async=True)
+    mbarrier.wait(fulls[1].index(buf), (it // NB) & 1)
+    for c in gl.static_range(4, 8):
+        q = q_boxes.index(c) if c < 9 - HELD else held[c - 9 + HELD]
+        s = warpgroup_mma(q, k_boxes[1].index(buf * 4 + c - 4).permute((1, 0)), s, is_async=True)
     s = warpgroup_mma_wait(0, deps=[s])
+    mbarrier.arrive(scored.index(it % 2), count=1)
     if MASKED:
         if (i + 1) * 64 > length:
             clear_tail(k_boxes, buf, length - i * 64)
         column = gl.arange(0, 64, gl.SliceLayout(0, mma))
         s = gl.where((i * 64 + column)[None, :] <= last_seen[:, None], s, float("-inf"))
-    new_top = gl.maximum(top, gl.max(s, 1) * scale)
+    most = gl.max(s, 1) * scale
+    grows = most > top + SLACK
+    new_top = gl.where(grows, most, top)
     finite = gl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
     factor = gl.exp2(top - finite)
     before = it + NB - 2  # that of tile it - 2, which had the place of these probabilities; at first nobody waits
     mbarrier.wait(consumed.index(before % NB), ((before // NB) & 1) ^ 1)
     factors.index(it % 2).store(factor)
-    gl.thread_barrier()
-    mbarrier.arrive(scaled.index(it % 2), count=1)
-    # A wait that is over: it is a branch, over which ptxas does not pull the exponentials before the arrival.
-    mbarrier.wait(full.index(buf), (it // NB) & 1)
+    flags.index(it % 2).store(gl.max(grows.to(gl.int32).reshape([4, 16]), 1))
     p = gl.exp2(s * scale - finite[:, None])
     ps.index(it % 2).store(p.to(ps.dtype))
     fence_async_shared()
@@ -150,7 +100,7 @@ def score_tile(
 
 @gluon.jit
 def score_role(
-    Q_NOPE, Q_ROPE, q0, k0s, k1s, ps, factors, sums, full, consumed, scaled, ready, ends, LENGTHS, STARTS, LSE,
+    Q_NOPE, Q_ROPE, q0, ks, k1s, ps, factors, flags, sums, fulls, consumed, scored, ready, ends, LENGTHS, STARTS, LSE,
     PART_LSE, LINE, BOUNDS, FIRST, splits, scale, H: gl.constexpr, TILES: gl.constexpr, FIXED: gl.constexpr,
     SINGLE: gl.constexpr, HAS_LSE: gl.constexpr, NB: gl.constexpr,
 ):  # fmt: skip
@@ -159,7 +109,10 @@ def score_role(
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, mma)
     q_boxes = q0._reinterpret(q0.dtype, [8, 64, 64], q0.layout)
-    k_boxes = k0s._reinterpret(k0s.dtype, [8 * NB, 64, 64], k0s.layout)
+    k_boxes = (
+        ks[0]._reinterpret(q0.dtype, [4 * NB, 64, 64], q0.layout),
+        ks[1]._reinterpret(q0.dtype, [4 * NB, 64, 64], q0.layout),
+    )
     t = gl.program_id(0) % TILES
     g = gl.program_id(0) // TILES
     b, pos, end = first_piece(LENGTHS, BOUNDS, FIRST, g, splits, FIXED)
@@ -190,14 +143,14 @@ def score_role(
         whole = gl.minimum(gl.maximum((length - query_len + 1) // 64, first), behind)
         for i in range(first, whole):
             top, shares = score_tile(
-                i, it, top, shares, held, q_boxes, k_boxes, k1s, ps, factors, full, consumed, scaled, ready, length,
-                last_seen, scale, False, NB, mma,
+                i, it, top, shares, held, q_boxes, k_boxes, k1s, ps, factors, flags, fulls, consumed, scored, ready,
+                length, last_seen, scale, False, NB, mma,
             )  # fmt: skip
             it += 1
         for i in range(whole, behind):
             top, shares = score_tile(
-                i, it, top, shares, held, q_boxes, k_boxes, k1s, ps, factors, full, consumed, scaled, ready, length,
-                last_seen, scale, True, NB, mma,
+                i, it, top, shares, held, q_boxes, k_boxes, k1s, ps, factors, flags, fulls, consumed, scored, ready,
+                length, last_seen, scale, True, NB, mma,
             )  # fmt: skip
             it += 1
         total = gl.convert_layout(gl.sum(shares, 1), row_layout)
@@ -223,36 +176,16 @@ def score_role(
 
 
 @gluon.jit
-def write_rows(acc, tiles, POINTER, row, live, flat: gl.constexpr):
-    """``acc`` to the ``live`` ones of 64 rows, which begin at ``row``, by way of the memory of ``tiles``: a thread has
-    two numbers of a row side by side, and stores of so little took a tenth of a program's time. (Of parts, which are
-    fp32, these are 8 bytes, four threads fill 32, and the way around costs more than it saves.)
-    """
-    dtype: gl.constexpr = POINTER.dtype.element_ty
-    BITS: gl.constexpr = dtype.primitive_bitwidth
-    WIDE: gl.constexpr = 1024 // BITS
-    swizzled: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=BITS, rank=2)
-    tiles._reinterpret(dtype, [64, 512], swizzled).store(acc.to(dtype))
-    gl.thread_barrier()
-    boxes = tiles._reinterpret(dtype, [512 // WIDE, 64, WIDE], swizzled)
-    column = gl.arange(0, WIDE, gl.SliceLayout(0, flat))
-    for c in gl.static_range(512 // WIDE):
-        gl.store(POINTER + row[:, None] + WIDE * c + column[None, :], boxes.index(c).load(flat), mask=live[:, None])
-    fence_async_shared()  # the copy engine writes here next
-    gl.thread_barrier()
-
-
-@gluon.jit
 def value_role(
-    NOPE, ROPE, k0s, k1s, ps, factors, sums, full, consumed, scaled, ready, ends, PAGES, LENGTHS, STARTS, OUT, PART_OUT,
-    LINE, BOUNDS, FIRST, splits, out_token, out_head, page_stride, v_scale,
+    NOPE, ROPE, ks, k1s, ps, factors, flags, sums, full, consumed, scored, ready, ends, PAGES, LENGTHS, STARTS, OUT,
+    PART_OUT, LINE, BOUNDS, FIRST, splits, out_token, out_head, page_stride, v_scale,
     H: gl.constexpr, TILES: gl.constexpr, PAGE: gl.constexpr, FIXED: gl.constexpr, SINGLE: gl.constexpr,
-    NB: gl.constexpr, UNIT: gl.constexpr,
+    NB: gl.constexpr, UNIT: gl.constexpr, SIDE: gl.constexpr,
 ):  # fmt: skip
     """The accumulator: probabilities times the tiles' first 512 columns, and the output; and the copies, since nobody
     knows sooner that a buffer is free.
     """
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 256, 16])
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, mma)
     t = gl.program_id(0) % TILES
     g = gl.program_id(0) // TILES
@@ -260,9 +193,9 @@ def value_role(
     start = pos
     it = 0
     piece = 0
-    flat: gl.constexpr = gl.BlockedLayout([1, 128 // OUT.dtype.element_ty.primitive_bitwidth], [4, 8], [8, 1], [1, 0])
+    flat: gl.constexpr = gl.BlockedLayout([1, 128 // OUT.dtype.element_ty.primitive_bitwidth], [4, 8], [4, 1], [1, 0])
     local = gl.arange(0, 64, row_layout)
-    column = gl.arange(0, 512, gl.SliceLayout(0, mma))
+    column = 256 * SIDE + gl.arange(0, 256, gl.SliceLayout(0, mma))
     while pos < end:
         line0, line1, length = line_of(LENGTHS, LINE, b, FIXED)
         q_start, query_len = query_range(STARTS, b, SINGLE)
@@ -272,20 +205,26 @@ def value_role(
         page_row = PAGES + b.to(gl.int64) * page_stride
         for w in gl.static_range(NB):
             if first + w < behind:
-                load_tile(NOPE, ROPE, k0s, k1s, full, (it + w) % NB, row_of(page_row, first + w, behind, PAGE))
+                if w == 1:  # the queries and the first tile are needed sooner
+                    mbarrier.wait(ends.index(QUERIES), piece & 1)
+                load_half(NOPE, ROPE, ks, k1s, full, (it + w) % NB, row_of(page_row, first + w, behind, PAGE), SIDE)
         row = row_of(page_row, first + NB, behind, PAGE)
-        acc = gl.zeros([64, 512], gl.float32, layout=mma)
+        acc = gl.zeros([64, 256], gl.float32, layout=mma)
         for i in range(first, behind):
             buf = it % NB
-            mbarrier.wait(scaled.index(it % 2), (it // 2) & 1)
-            acc = acc * factors.index(it % 2).load(row_layout)[:, None]
             mbarrier.wait(ready.index(it % 2), (it // 2) & 1)
-            acc = warpgroup_mma(ps.index(it % 2), k0s.index(buf), acc, is_async=True)
+            changed = gl.max(flags.index(it % 2).load(gl.BlockedLayout([4], [32], [4], [0])), 0)
+            if changed > 0:
+                acc = acc * factors.index(it % 2).load(row_layout)[:, None]
+            if SIDE == 1:  # beside the next softmax
+                if i + 1 < behind:
+                    mbarrier.wait(scored.index((it + 1) % 2), ((it + 1) // 2) & 1)
+            acc = warpgroup_mma(ps.index(it % 2), ks.index(buf), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             gl.thread_barrier()
             mbarrier.arrive(consumed.index(buf), count=1)
             if i + NB < behind:
-                load_tile(NOPE, ROPE, k0s, k1s, full, buf, row)
+                load_half(NOPE, ROPE, ks, k1s, full, buf, row, SIDE)
             row = row_of(page_row, i + NB + 1, behind, PAGE)
             it += 1
         mbarrier.wait(ends.index(SUMMED), piece & 1)
@@ -296,7 +235,7 @@ def value_role(
         if (pos == line0) & (stop == line1):
             r = t * 64 + gl.arange(0, 64, gl.SliceLayout(1, flat))
             out_row = ((q_start + r // H).to(gl.int64) * out_token + (r % H) * out_head) * UNIT
-            write_rows(acc, k0s, OUT, out_row, r // H < query_len, flat)
+            write_rows(acc, ks, OUT, out_row + 256 * SIDE, r // H < query_len, flat)
         else:
             slot = g
             if not FIXED:
@@ -352,24 +291,28 @@ def mla_kernel(
     dtype: gl.constexpr = Q_NOPE.dtype
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     q0 = gl.allocate_shared_memory(dtype, [64, 512], Q_NOPE.layout)
-    k0s = gl.allocate_shared_memory(dtype, [NB, 64, 512], NOPE.layout)
+    left = gl.allocate_shared_memory(dtype, [NB, 64, 256], NOPE.layout)
+    right = gl.allocate_shared_memory(dtype, [NB, 64, 256], NOPE.layout)
     k1s = gl.allocate_shared_memory(dtype, [NB, 64, 64], ROPE.layout)
     ps = gl.allocate_shared_memory(dtype, [2, 64, 64], square)
     factors = gl.allocate_shared_memory(gl.float32, [2, 64], vector)
+    flags = gl.allocate_shared_memory(gl.int32, [2, 4], vector)
     sums = gl.allocate_shared_memory(gl.float32, [64], vector)
-    full = gl.allocate_shared_memory(gl.int64, [NB, 1], bar)
+    full_left = gl.allocate_shared_memory(gl.int64, [NB, 1], bar)
+    full_right = gl.allocate_shared_memory(gl.int64, [NB, 1], bar)
     consumed = gl.allocate_shared_memory(gl.int64, [NB, 1], bar)
-    scaled = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
+    scored = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
     ready = gl.allocate_shared_memory(gl.int64, [2, 1], bar)
     ends = gl.allocate_shared_memory(gl.int64, [3, 1], bar)
     for i in gl.static_range(NB):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(consumed.index(i), count=1)
+        mbarrier.init(full_left.index(i), count=1)
+        mbarrier.init(full_right.index(i), count=1)
+        mbarrier.init(consumed.index(i), count=2)
     for i in gl.static_range(2):
-        mbarrier.init(scaled.index(i), count=1)
+        mbarrier.init(scored.index(i), count=1)
         mbarrier.init(ready.index(i), count=1)
     for i in gl.static_range(3):
-        mbarrier.init(ends.index(i), count=1)
+        mbarrier.init(ends.index(i), count=2 if i == DONE else 1)
     fence_async_shared()
     gl.thread_barrier()
     gl.warp_specialize(
@@ -377,19 +320,28 @@ def mla_kernel(
             (
                 value_role,
                 (
-                    NOPE, ROPE, k0s, k1s, ps, factors, sums, full, consumed, scaled, ready, ends, PAGES, LENGTHS,
-                    STARTS, OUT, PART_OUT, LINE, BOUNDS, FIRST, splits, out_token, out_head, page_stride, v_scale, H,
-                    TILES, PAGE, FIXED, SINGLE, NB, UNIT,
+                    NOPE, ROPE, left, k1s, ps, factors, flags, sums, full_left, consumed, scored, ready, ends, PAGES,
+                    LENGTHS, STARTS, OUT, PART_OUT, LINE, BOUNDS, FIRST, splits, out_token, out_head, page_stride,
+                    v_scale, H, TILES, PAGE, FIXED, SINGLE, NB, UNIT, 0,
+                ),
+            ),
+            (
+                value_role,
+                (
+                    NOPE, ROPE, right, k1s, ps, factors, flags, sums, full_right, consumed, scored, ready, ends, PAGES,
+                    LENGTHS, STARTS, OUT, PART_OUT, LINE, BOUNDS, FIRST, splits, out_token, out_head, page_stride,
+                    v_scale, H, TILES, PAGE, FIXED, SINGLE, NB, UNIT, 1,
                 ),
             ),
             (
                 score_role,
                 (
-                    Q_NOPE, Q_ROPE, q0, k0s, k1s, ps, factors, sums, full, consumed, scaled, ready, ends, LENGTHS,
-                    STARTS, LSE, PART_LSE, LINE, BOUNDS, FIRST, splits, scale, H, TILES, FIXED, SINGLE, HAS_LSE, NB,
+                    Q_NOPE, Q_ROPE, q0, (left, right), k1s, ps, factors, flags, sums, (full_left, full_right), consumed,
+                    scored, ready, ends, LENGTHS, STARTS, LSE, PART_LSE, LINE, BOUNDS, FIRST, splits, scale, H,
+                    TILES, FIXED, SINGLE, HAS_LSE, NB,
                 ),
             ),
         ],
-        [4],
-        [184],
+        [4, 4],
+        [160, 184],
     )  # fmt: skip
