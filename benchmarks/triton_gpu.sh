@@ -2,11 +2,11 @@
 # attn-triton on a GPU machine: run in the repository's root with .gpu beside it (libraries to compare with) and $OUT set.
 # usage: triton_gpu.sh STAGE...   stages in the order given; what a stage found is packed into $OUT/triton.tgz as it ends
 #   fixed    the cases that once broke the device, each in a process of its own
-#   verify   the kit for VERIFY seconds (50), TIER contract; evidence of what ran
-#   checks   fixed, memory and verify side by side, on WORKERS (11) processes beside them
+#   verify   the kit for VERIFY seconds (50), TIER contract; evidence of what ran; kernels compiled ahead lie in .gputri
+#   checks   fixed and memory side by side, then verify, on WORKERS (16) processes
 #   speed    every named shape beside its peers, at most SPEED seconds (60); plots
 #   host     microseconds of the host, bytes of the graphs' state
-#   memory   compute-sanitizer, memcheck and racecheck side by side, over a small step for every kernel
+#   memory   compute-sanitizer, memcheck and racecheck side by side, over a small step for every kernel, SANITIZE seconds (110)
 #   random   random steps against the oracle, RANDOM seconds (40)
 #   ceiling  what the card can do
 set -u
@@ -33,8 +33,35 @@ export PYTHONWARNINGS=ignore TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/attn-trit
 export CUDA_HOME=${CUDA_HOME:-/usr/local/cuda} FLASHINFER_WORKSPACE_BASE=$S/jit FLASHINFER_CUDA_ARCH_LIST=9.0a FLASHINFER_DISABLE_JIT=${FLASHINFER_DISABLE_JIT-1}
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | tee "$R/device.txt"
 say() { echo "== $* (at $((SECONDS - begun)) s)"; }
-py() { local limit=$1; shift; timeout "$limit" python3 "$@" 2>&1 | tee -a "$R/log.txt" | tail -"${TAIL:-60}" | cut -c1-400; }
+py() { local limit=$1; shift; timeout "$limit" python3 "$@" 2>&1 | tee -a "$R/log.txt" | tail -"${TAIL:-60}" | grep -v ^STAGE | cut -c1-400; }
 bring() { tar -C "$R" -czf "$OUT/triton.tgz" . ; }
+python3 - <<'P'
+import os, pathlib, tarfile
+from concurrent.futures import ThreadPoolExecutor
+
+into = pathlib.Path(os.environ["TRITON_CACHE_DIR"])
+parts = [part for part in sorted(pathlib.Path(".gputri").glob("*.tar.xz")) if not (into / f".{part.name}").exists()]
+into.mkdir(parents=True, exist_ok=True)
+
+
+def unpack(part):
+    with tarfile.open(part) as packed:
+        packed.extractall(into, filter="data")
+    (into / f".{part.name}").touch()
+
+
+with ThreadPoolExecutor(12) as pool:
+    list(pool.map(unpack, parts))
+print(f"{len(parts)} parts of kernels compiled ahead; {sum(1 for _ in into.iterdir())} kernels", flush=True)
+P
+# Many processes on one GPU take turns by time slices, unless NVIDIA's own service lets them run side by side.
+share() {
+  export CUDA_MPS_PIPE_DIRECTORY=/tmp/attn-mps CUDA_MPS_LOG_DIRECTORY=/tmp/attn-mps-log; mkdir -p /tmp/attn-mps /tmp/attn-mps-log
+  timeout 10 nvidia-cuda-mps-control -d > "$R/mps.txt" 2>&1 &&
+    timeout 20 python3 -c "import torch; print(torch.ones(2, device='cuda').sum().item())" >> "$R/mps.txt" 2>&1 || alone
+  echo "service for many processes: ${CUDA_MPS_PIPE_DIRECTORY:-none}"
+}
+alone() { echo quit | timeout 5 nvidia-cuda-mps-control; rm -rf /tmp/attn-mps; unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY; }
 FIXED=(
   extend/16x2x64-32+window=1048576+softcap=1.5/65@0/dtype=float16/kv_dtype=fp8_e5m2/page_size=64/memory=shuffled/seed=1/lse/joined/nosave/twice
   extend/16x2x256-80+sinks+cross/16@16e17/kv_dtype=fp8_e5m2/layout=HND/seed=1/hot/joined/nosave/nohost/loose/alone
@@ -46,11 +73,13 @@ FIXED=(
 )
 fixed() { py 70 benchmarks/triton_check.py cases "${FIXED[@]}" --out "$R" --seconds 60; }
 verify() {
-  py $(( ${VERIFY:-50} + 45 )) benchmarks/triton_check.py verify --tier "${TIER:-contract}" --workers "${WORKERS:-11}" \
+  share
+  py $(( ${VERIFY:-50} + 45 )) benchmarks/triton_check.py verify --tier "${TIER:-contract}" --workers "${WORKERS:-16}" \
     --seconds "${VERIFY:-50}" --out "$R"
+  [ -z "${CUDA_MPS_PIPE_DIRECTORY:-}" ] || alone
 }
 sanitize() {
-  timeout "$(( ${VERIFY:-50} + 20 ))" compute-sanitizer --tool "$1" python3 benchmarks/triton_check.py small 2>&1 |
+  timeout "${SANITIZE:-110}" compute-sanitizer --tool "$1" python3 benchmarks/triton_check.py small 2>&1 |
     tee "$R/$1.txt" | tail -22 | cut -c1-200
 }
 memory() { sanitize memcheck & sanitize racecheck & wait; }
@@ -60,7 +89,7 @@ for stage in "$@"; do
     fixed)   fixed ;;
     verify)  verify ;;
     memory)  memory ;;
-    checks)  fixed & memory & verify; wait ;;
+    checks)  fixed & memory & wait; verify ;;
     speed)   py $(( ${SPEED:-60} + 30 )) benchmarks/triton_attention.py speed plot --out "$R" --budget "${SPEED:-60}" --workers 15 ${WITH:-} ;;
     host)    py 40 benchmarks/triton_host.py --out "$R" ;;
     ceiling) py 30 benchmarks/triton_attention.py ceiling --out "$R" ;;
