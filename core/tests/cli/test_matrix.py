@@ -249,6 +249,14 @@ def test_what_was_edited_since_it_was_proved_is_told_apart(site: Site) -> None:
     assert "(code edited since)" in site.attn("info", "good").out
 
 
+@pytest.mark.parametrize("command", [["list-backends"], ["matrix"], ["info", "torch_native"]])
+def test_a_folder_of_evidence_that_is_not_there_is_said(site: Site, command: list[str]) -> None:
+    """Nothing would be proved, without a word."""
+    done = site.attn(*command, ATTN_EVIDENCE="no/such")
+    assert done.code == 2
+    assert "ATTN_EVIDENCE is 'no/such'" in done.err
+
+
 def test_documents_carry_it_and_a_stale_one_fails_the_check(site: Site) -> None:
     readme = site.folder / "README.md"
     readme.write_text(f"# before\n{BEGIN}\n{END}\nafter\n")

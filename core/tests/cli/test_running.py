@@ -162,6 +162,16 @@ def test_bench_times_and_checks_a_shape(attn: Attn, tmp_path: Path) -> None:
     assert row["ms"] > 0
 
 
+@pytest.mark.parametrize("device", ["cuda", "cdua", "npu", "emulated:gfx942"])
+def test_bench_on_a_device_that_is_not_here_is_a_usage_error(attn: Attn, device: str) -> None:
+    if device in ("cuda", "npu") and hasattr(torch, device) and torch.get_device_module(device).is_available():
+        pytest.skip(f"this machine has {device}")
+    done = attn("bench", "torch_native", "--shape", "decode bs1 kv1024", "--device", device)
+    assert (done.code, done.out) == (2, "")
+    assert device in done.err
+    assert "[usage]" in done.err
+
+
 def test_bench_of_an_unknown_shape_suggests_the_nearest(attn: Attn) -> None:
     done = attn("bench", "torch_native", "--shape", "decode bs1 kv1023")
     assert done.code == 2
@@ -203,6 +213,7 @@ def test_warmup_of_a_phase_that_a_backend_lacks_asks_it_for_the_others(attn: Att
         (["torch_native", "--model", "lama"], 2, "unknown_model"),
         (["torch_nativ", "--model", "llama-3.1-8b"], 2, "unknown_backend"),
         (["torch_native"], 2, "--model"),
+        (["torch_native", "--model", "llama-3.1-8b", "--arch", "sm90"], 2, "chip 'sm90' is not known"),
     ],
 )
 def test_warmup_of_bad_input(attn: Attn, arguments: list[str], code: int, what: str) -> None:

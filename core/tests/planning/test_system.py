@@ -45,6 +45,7 @@ def test_a_system_is_named_by_device_and_chip(text: str, device: str, arch: str 
         ("", ["not known"]),
         ("cuda:90", ["no CUDA architecture"]),
         ("cuda:gfx942", ["no CUDA architecture"]),
+        ("npu:sm_90", ["no Ascend chip", "npu:ascend910b"]),
         ("rocm:sm_90", ["no ROCm architecture", "rocm:gfx942"]),
     ],
 )

@@ -46,6 +46,7 @@ def command(
     set_threads()
     system = detect()
     device = device or ("cuda" if system.device == "rocm" else system.device)
+    _check_here(device)
     shapes: dict[str, Shape] = {**SHAPES, **CPU_SHAPES}
     chosen = [_shape(name, shapes) for name in wanted] or list((CPU_SHAPES if device == "cpu" else SHAPES).values())
     rows = []
@@ -71,6 +72,18 @@ def command(
         for r in rows
     ]
     print_table(("shape", "impl", "ms", "GB/s", "TFLOP/s", "error"), cells)
+
+
+def _check_here(device: str) -> None:
+    """Raise UsageError for a device that torch has not here, or one that is emulated."""
+    from attn_core.testing.devices import at
+
+    if device.startswith("emulated:"):
+        raise UsageError(
+            f"device {device!r}: the time of an emulator says nothing of the hardware", accepted="a device that is here"
+        )
+    with at(device):
+        pass
 
 
 def _number(value: float | None, form: str) -> str:

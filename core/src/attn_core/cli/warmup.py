@@ -46,10 +46,10 @@ def command(name: str, model: str, arch: str | None, **serving: Any) -> None:
 
 
 def _system(arch: str) -> str:
-    """The system that the chip ``arch`` is of; what is neither NVIDIA's nor AMD's is an NPU's. Raises UsageError."""
-    for device in ("cuda", "rocm"):
+    """The system that the chip ``arch`` is of. Raises UsageError for a chip of nobody."""
+    for device in ("cuda", "rocm", "npu"):
         try:
             return str(System.parse(f"{device}:{arch}"))
         except UsageError:
             continue
-    return str(System.parse(f"npu:{arch}"))
+    raise UsageError(f"chip {arch!r} is not known", given=arch, accepted="such as sm_90, gfx942, ascend910b")

@@ -61,6 +61,8 @@ class System:
             )
         if device == "rocm" and chip is not None and not chip.startswith("gfx"):
             raise UsageError(f"system {text!r}: {arch!r} is no ROCm architecture", given=text, accepted="rocm:gfx942")
+        if device == "npu" and chip is not None and not chip.startswith("ascend"):
+            raise UsageError(f"system {text!r}: {arch!r} is no Ascend chip", given=text, accepted="npu:ascend910b")
         return cls(device=device, arch=chip, forced=True)
 
     def __str__(self) -> str:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, Literal, NamedTuple
 
-from attn_core.errors import CheckFailedError
+from attn_core.errors import CheckFailedError, UsageError
 from attn_core.planning.discovery import BackendRef
 
 #: Folder of evidence to read in place of the one that ships with the core.
@@ -86,8 +86,13 @@ class Evidence(NamedTuple):
 
 
 def evidence_folders(refs: Iterable[BackendRef] = ()) -> list[str]:
-    """Where evidence lies: what ATTN_EVIDENCE names, or the core's own; and what a plugin ships beside its manifest."""
+    """Where evidence lies: what ATTN_EVIDENCE names, or the core's own; and what a plugin ships beside its manifest.
+
+    Raises UsageError if the variable names what is no folder; empty, it means none.
+    """
     chosen = os.environ.get(EVIDENCE_VARIABLE)
+    if chosen and not os.path.isdir(chosen):
+        raise UsageError(f"{EVIDENCE_VARIABLE} is {chosen!r}", given=chosen, accepted="a folder of evidence")
     core = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     checkout = os.path.join(core, "..", "..", "..", "evidence")
     own = (
