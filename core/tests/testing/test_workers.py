@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -123,8 +124,23 @@ def test_the_time_of_a_run_ends_a_case_that_never_does(monkeypatch: pytest.Monke
     monkeypatch.setattr(workers, "GRACE", 0.5)
     crew = Crew("rough", "cpu", 1, probe=False, deadline=time.time() + 15)
     begun = time.time()
-    assert run(crew, ENDLESS, PLAIN) == {}
+    ((job, (result,)),) = in_processes(iter([Case.parse(text) for text in (ENDLESS, PLAIN)]), crew)
+    assert job == result.case == Case.parse(ENDLESS)
+    assert result.status == "not_run"
+    assert re.fullmatch(rf"not ended after \d+ seconds, when the time was over: {re.escape(ENDLESS)}", result.note)
     assert time.time() - begun < 60
+
+
+def test_a_case_that_never_ended_proves_nothing_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "GRACE", 0.5)
+    monkeypatch.setattr("attn_core.testing.axes.other_scale", lambda width: 1 / 7)
+    report = verify(
+        "rough", workers=1, select="decode/8x2x64+scale=0.14285714285714285/1@31/dtype=float32", max_seconds=15
+    )
+    assert report.done["contract"].ran == 0
+    (result,) = [result for result in report.results if result.note.startswith("not ended")]
+    assert result.note in report.table()
+    assert {row.outcome for row in report.rows if row.name in ("decode", "mha")} == {"not_run"}
 
 
 def test_a_process_that_cannot_start_is_said_at_once() -> None:

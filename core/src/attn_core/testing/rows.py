@@ -11,7 +11,7 @@ from attn_core.planning.manifest import Clause, Manifest
 from attn_core.planning.system import System
 from attn_core.testing.blame import Blame, claims_of, explain, root_check
 from attn_core.testing.cases import Case
-from attn_core.testing.run import NOT_BEGUN, Result
+from attn_core.testing.run import NOT_BEGUN, NOT_ENDED, Result
 
 Outcome = Literal["proved", "refused", "over_claimed", "under_claimed", "raised", "not_run"]
 
@@ -78,7 +78,7 @@ def rows_of(
 def _cut(row: Row, results: Sequence[Result], required: Collection[Case]) -> Row:
     """What a row may say if some of its cases were not begun."""
     mine = [r for r in results if not r.case.refused and row.name in row_names(r)]
-    cut = [r for r in mine if r.note.startswith(NOT_BEGUN)]
+    cut = [r for r in mine if r.note.startswith((NOT_BEGUN, NOT_ENDED))]
     if not cut or row.outcome != "proved":
         return row
     lacking = sum(r.case in required for r in cut)

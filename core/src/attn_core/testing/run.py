@@ -38,6 +38,8 @@ from attn_core.testing.tolerances import Precision, expect
 Status = Literal["passed", "failed", "not_run"]
 #: How the note of a case begins that a run had no time for.
 NOT_BEGUN: Final = "not begun"
+#: How the note of a case begins that ran when the time of a run was over.
+NOT_ENDED: Final = "not ended"
 
 
 def _unranked(config: AttentionConfig, phase: Phase, system: System) -> dict[str, float]:

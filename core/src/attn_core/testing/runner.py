@@ -24,7 +24,7 @@ from attn_core.testing.devices import Place, at, own_emulators
 from attn_core.testing.fuzz import Share
 from attn_core.testing.report import Report, junit_xml
 from attn_core.testing.rows import rows_of
-from attn_core.testing.run import NOT_BEGUN, Result, Target
+from attn_core.testing.run import NOT_BEGUN, NOT_ENDED, Result, Target
 from attn_core.testing.underclaims import features_to_probe, probes
 from attn_core.testing.workers import HANGS_AFTER, Crew, Job, Look, LostDeviceError, Results, in_processes, run_job
 
@@ -180,7 +180,8 @@ class _Run:
         except LostDeviceError as error:
             cut = str(error)
         every = [of_case.get(case) or Result(case, "not_run", note=f"{NOT_BEGUN}: {cut}") for case in plan.cases]
-        return [*every, *fuzzed], plan.done(of_case.keys(), len(fuzzed))
+        ended = {case for case, result in of_case.items() if not result.note.startswith(NOT_ENDED)}
+        return [*every, *fuzzed], plan.done(ended, len(fuzzed))
 
     def looked_at(self, blames: Sequence[Blame]) -> dict[Case, Result]:
         """The first cases of wrong outputs once more, with the mistakes that they show; those that fail again."""

@@ -24,7 +24,7 @@ from attn_core.testing.checks import Fault
 from attn_core.testing.devices import at
 from attn_core.testing.fuzz import Share, run_share
 from attn_core.testing.refusals import check_refusal
-from attn_core.testing.run import Result, Target, run_case
+from attn_core.testing.run import NOT_ENDED, Result, Target, run_case
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class LostDeviceError(AttnError):
 
 
 def in_processes(jobs: Iterator[Job], crew: Crew) -> Iterator[tuple[Job, Results]]:
-    """Each job with its results, as they come; jobs that the deadline cut off are left out.
+    """Each job with its results, as they come; of those that the deadline cut off, only cases, as not run.
 
     A job is taken when a process is free for it. A process that died, hung or lost its device is replaced, and its job
     has a failed result that says so. Raises AttnError if processes cannot be started, PluginLoadError if the backend
@@ -114,6 +114,7 @@ def in_processes(jobs: Iterator[Job], crew: Crew) -> Iterator[tuple[Job, Results
             if crew.deadline is not None and time.time() > crew.deadline:
                 upcoming = None
             if crew.deadline is not None and time.time() > crew.deadline + GRACE:
+                yield from (cut for process in staff if (cut := process.cut_off()) is not None)
                 break
             while upcoming is not None and len(staff) < crew.workers:
                 staff.append(_Process(crew))
@@ -201,6 +202,15 @@ class _Process:
                 self.is_lost = any(map(lost_device, results))
                 return job, results
         return None
+
+    def cut_off(self) -> tuple[Job, Results] | None:
+        """The case that it runs, if it runs one, as one that did not end in time: slow, or hanging."""
+        job, self.job = self.job, None
+        if not isinstance(job, Case):
+            return None
+        note = f"{NOT_ENDED} after {time.time() - self.heard:.0f} seconds, when the time was over: {job.id}"
+        self.is_lost = True
+        return job, (Result(job, "not_run", note=note),)
 
     def _lose(self, why: str) -> tuple[Job, Results] | None:
         """Take note that the process is gone or hangs: the case that it ran has failed."""
