@@ -133,29 +133,29 @@ class FlashInferMLABackend(RaggedForward):
         bound = self._bound.get(layer.layer_id)
         if bound is None or bound.layer is not layer:
             bound = self._bind(layer)
-        step = batch.plan_state
-        wrapper = step.wrappers.get(bound.shape) if isinstance(step, MLAStep) else None
-        if wrapper is None:
+        _, shape, widths, pools, added, scales = bound
+        try:
+            wrapper = batch.plan_state.wrappers[shape]
+        except (AttributeError, KeyError):
             raise BatchError(
-                f"no plan for a layer of {bound.shape}",
+                f"no plan for a layer of {shape}",
                 hint="name all layer kinds in the config, and call init_forward_metadata",
-            )
-        added = bound.added_heads
+            ) from None
         if added:
             q = torch.nn.functional.pad(q, (0, 0, 0, added))
+        query = q.split_with_sizes(widths, -1)
         try:
-            rows, lse = wrapper.run(
-                query=q.split_with_sizes(bound.widths, -1),
-                kv_cache=bound.pools,
-                out=None if out is None or added else writable(out),
-                return_lse=True,
-                return_lse_base_on_e=True,
-                **bound.scales,
-            )
+            if out is None and not scales:  # without a dictionary of options
+                rows, lse = wrapper.run(query=query, kv_cache=pools, return_lse=True, return_lse_base_on_e=True)
+            else:
+                into = None if out is None or added else writable(out)
+                rows, lse = wrapper.run(
+                    query=query, kv_cache=pools, out=into, return_lse=True, return_lse_base_on_e=True, **scales
+                )
         except RAISED as error:
             raise raised(error, f"layer {layer.layer_id}") from error
         if added:
-            rows, lse = rows[:, : bound.shape.num_heads], lse[:, : bound.shape.num_heads]
+            rows, lse = rows[:, : shape.num_heads], lse[:, : shape.num_heads]
         if out is not None and rows is not out:
             rows = out.copy_(rows)
         return (rows, lse) if return_lse else rows

@@ -78,8 +78,7 @@ class FlashMLABackend(LatentDecodeBackend):
     def __init__(self, config: AttentionConfig, kv_cache: KVCache) -> None:
         super().__init__(config, kv_cache)
         self._library = load()
-        self._decode = self._library.decode
-        self._given: dict[str, Any] = {"is_fp8_kvcache": self._fp8, **self._library.hopper}
+        self._plain = bool(self._library.hopper) and not self._fp8
         self._pools: dict[int, Tensor] = {}
 
     def _new_schedule(self, step: LatentStep, num_heads: int) -> Any:
@@ -92,6 +91,14 @@ class FlashMLABackend(LatentDecodeBackend):
                 step.seq_lens, step.query_len * num_heads, 1, is_fp8_kvcache=True, **library.hopper
             )
         return schedule
+
+    def _options(self, q: Tensor, layer: AttentionLayer, step: LatentStep) -> tuple[Tensor, dict[str, Any]]:
+        """The queries as the kernel takes them, and what the fork and an fp8 latent add to the call."""
+        options: dict[str, Any] = dict(self._library.hopper)
+        if self._fp8:
+            rows, options["descale_q"] = quantize(q.flatten(0, 1), step.page_table)
+            q, options["descale_k"] = rows.view(q.shape), self._on_device(layer.k_scale)
+        return q, options
 
     @classmethod
     def build_reasons(cls, config: AttentionConfig, phase: Phase) -> Sequence[Reason]:
@@ -110,25 +117,22 @@ class FlashMLABackend(LatentDecodeBackend):
         pool = self._pools.get(layer.layer_id)
         if pool is None:
             pool = self._pools[layer.layer_id] = self.kv_cache.k_nhd(layer.layer_id)
-        given, heads = self._given, layer.num_q_heads
-        if self._fp8:
-            rows, scale = quantize(q.flatten(0, 1), step.page_table)
-            q = rows.view(q.shape)
-            given = {**given, "descale_q": scale, "descale_k": self._on_device(layer.k_scale)}
+        heads = layer.num_q_heads
         made = None if step.in_graph else step.shared.get(heads)
         schedule = step.once(heads, layer.layer_id, self._new_schedule, step, heads) if made is None else made[1]
+        causal, scale = step.query_len > 1, layer.scale
         try:
-            found, lse = self._decode(
-                q,
-                pool,
-                step.page_table,
-                step.seq_lens,
-                layer.v_head_dim,
-                schedule,
-                softmax_scale=layer.scale,
-                causal=step.query_len > 1,
-                **given,
-            )
+            if self._plain:  # without dictionaries of options
+                found, lse = self._library.decode(
+                    q, pool, step.page_table, step.seq_lens, layer.v_head_dim, schedule,
+                    softmax_scale=scale, causal=causal, is_fp8_kvcache=False, use_legacy=True,
+                )  # fmt: skip
+            else:
+                q, options = self._options(q, layer, step)
+                found, lse = self._library.decode(
+                    q, pool, step.page_table, step.seq_lens, layer.v_head_dim, schedule,
+                    softmax_scale=scale, causal=causal, is_fp8_kvcache=self._fp8, **options,
+                )  # fmt: skip
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
             raise raised(error, "FlashMLA", layer, "`attn verify flashmla` shows whether it works here") from error
         return found, _natural(lse) if return_lse else None

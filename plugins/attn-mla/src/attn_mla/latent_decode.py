@@ -89,7 +89,7 @@ class LatentDecodeBackend(AttentionBackend):
         given = q.unsqueeze(1) if step.query_len == 1 else q.view(-1, step.query_len, *q.shape[1:])
         found, lse = self.attend(given, layer, step, return_lse, out)
         if out is None:
-            rows = found.view(q.shape[0], layer.num_q_heads, layer.v_head_dim)
+            rows = found.squeeze(1) if step.query_len == 1 else found.flatten(0, 1)
         else:
             rows = out if found.data_ptr() == out.data_ptr() else out.copy_(found.flatten(0, 1))
         return (rows, lse) if lse is not None else rows
