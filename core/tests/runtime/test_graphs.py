@@ -237,6 +237,9 @@ def test_other_inputs_and_a_replay_before_the_capture_are_refused() -> None:
     graphs, _ = runner(made, native(made), [1])
     with pytest.raises(BatchError, match=r"a replay with inputs \['q'\]"):
         graphs.replay(made.batch, {"q": made.q})
+    fewer = {name: value[:0] for name, value in inputs(made).items()}
+    with pytest.raises(BatchError, match="a replay with 0 rows of q"):  # those of an earlier replay would be taken
+        graphs.replay(made.batch, fewer)
     early = GraphRunner(native(made), lambda given, batch: (), GraphShape(DECODE, 64), batch_sizes=[1])
     with pytest.raises(CapacityError, match="1 requests in a replay"):
         early.replay(made.batch, {})

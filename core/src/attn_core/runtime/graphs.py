@@ -82,6 +82,11 @@ class GraphRunner:
         self.shape.check(batch)
         if inputs.keys() != self._inputs.keys():
             raise BatchError(f"a replay with inputs {sorted(inputs)}", accepted=f"{sorted(self._inputs)}, as captured")
+        for name, value in inputs.items():
+            if value.shape[0] != batch.num_tokens:  # fewer would leave those of an earlier replay
+                raise BatchError(
+                    f"a replay with {value.shape[0]} rows of {name}", accepted=f"{batch.num_tokens}, one for each token"
+                )
         captured, graph = self._captured[self.size_for(batch.batch_size)]
         self._buffers.fill(captured, batch)
         for name, value in inputs.items():
