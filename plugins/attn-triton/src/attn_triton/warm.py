@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 BATCH_SIZES = (*range(1, 49), 64, 65, 128, 129, 256)
 #: Keys of a request: every number of pieces that a merge is compiled for, and what is long on any chip.
 KEYS = (1, 128, 256, 512, 1024, 16384, 1 << 20)
+#: Tokens of a step of many short prompts, at most: more of them ask for no other kernel and take memory.
+MOST_TOKENS = 4096
 #: Prompts of one length, and of lengths so different that row blocks are mapped: by the next power of two of how many.
 PROMPTS = ((128, 128), *((1,) * (size - 1) + (384,) for size in (2, 4, 8, 16, 32, 64, 128, 256)))
 
@@ -35,7 +37,7 @@ def warm_batches(config: AttentionConfig, page_size: int, device: torch.device) 
     for size in BATCH_SIZES:
         yield from _as_known(_batch(ForwardMode.DECODE, (1,) * size, page_size, config, device))
     for new in few_tokens(config):
-        for size in BATCH_SIZES:
+        for size in (size for size in BATCH_SIZES if size * new <= MOST_TOKENS):
             yield from _as_known(_batch(ForwardMode.EXTEND, (new,) * size, page_size, config, device))
     for prompts in PROMPTS:
         batch = _batch(ForwardMode.EXTEND, prompts, page_size, config, device)
