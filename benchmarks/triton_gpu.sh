@@ -79,7 +79,7 @@ verify() {
   [ -z "${CUDA_MPS_PIPE_DIRECTORY:-}" ] || alone
 }
 sanitize() {
-  timeout "${SANITIZE:-110}" compute-sanitizer --tool "$1" python3 benchmarks/triton_check.py small 2>&1 |
+  TRITON_CACHE_DIR=${STEPS_CACHE:-$TRITON_CACHE_DIR} timeout "${SANITIZE:-110}" compute-sanitizer --tool "$1" python3 benchmarks/triton_check.py small 2>&1 |
     tee "$R/$1.txt" | tail -22 | cut -c1-200
 }
 memory() { sanitize memcheck & sanitize racecheck & wait; }
