@@ -4,9 +4,10 @@ A program holds 64 query rows, (token, head), and walks tiles of 64 latent rows 
 score role computes the scores of a tile; each value role multiplies the probabilities with a half of the tile's first
 512 columns, and its accumulator, 64 x 256 in fp32, never leaves its registers. Two tiles fit beside the queries. So the
 first half of the values follows at once, which makes room for half of the tile after the next, and the second half
-waits until the next scores are there: then tensor cores have work during the next softmax. Most of the queries lie in
-the score role's registers: both operands of a product 64 wide take all the bandwidth of shared memory. Their last 64
-columns lie nowhere else, which leaves room for two tiles of probabilities.
+waits until the next scores are there: then tensor cores have work during the next softmax. (Not where all rows of a
+request are one program's: then memory is what programs wait for, and a buffer is better free sooner.) Most of the
+queries lie in the score role's registers: both operands of a product 64 wide take all the bandwidth of shared memory.
+Their last 64 columns lie nowhere else, which leaves room for two tiles of probabilities.
 
 Barriers; tiles are counted over all pieces of a program, ``it``, and tile ``it`` is in buffer it % NB and has
 probabilities it % 2:
@@ -59,7 +60,7 @@ def lane_sums(p):
 @gluon.jit
 def score_tile(
     i, it, top, total, held, q_boxes, k_boxes, k1s, ps, factors, flags, fulls, consumed, scored, ready, length,
-    last_seen, scale, MASKED: gl.constexpr, NB: gl.constexpr, mma: gl.constexpr,
+    last_seen, scale, MASKED: gl.constexpr, LATE: gl.constexpr, NB: gl.constexpr, mma: gl.constexpr,
 ):  # fmt: skip
     """Scores and softmax of tile ``i``; the running maxima, and sums by lane."""
     buf = it % NB
@@ -74,7 +75,8 @@ def score_tile(
         q = q_boxes.index(c) if c < 9 - HELD else held[c - 9 + HELD]
         s = warpgroup_mma(q, k_boxes[1].index(buf * 4 + c - 4).permute((1, 0)), s, is_async=True)
     s = warpgroup_mma_wait(0, deps=[s])
-    mbarrier.arrive(scored.index(it % 2), count=1)
+    if LATE:
+        mbarrier.arrive(scored.index(it % 2), count=1)
     if MASKED:
         if (i + 1) * 64 > length:
             clear_tail(k_boxes, buf, length - i * 64)
@@ -144,13 +146,13 @@ def score_role(
         for i in range(first, whole):
             top, shares = score_tile(
                 i, it, top, shares, held, q_boxes, k_boxes, k1s, ps, factors, flags, fulls, consumed, scored, ready,
-                length, last_seen, scale, False, NB, mma,
+                length, last_seen, scale, False, TILES > 1, NB, mma,
             )  # fmt: skip
             it += 1
         for i in range(whole, behind):
             top, shares = score_tile(
                 i, it, top, shares, held, q_boxes, k_boxes, k1s, ps, factors, flags, fulls, consumed, scored, ready,
-                length, last_seen, scale, True, NB, mma,
+                length, last_seen, scale, True, TILES > 1, NB, mma,
             )  # fmt: skip
             it += 1
         total = gl.convert_layout(gl.sum(shares, 1), row_layout)
@@ -216,7 +218,7 @@ def value_role(
             changed = gl.max(flags.index(it % 2).load(gl.BlockedLayout([4], [32], [4], [0])), 0)
             if changed > 0:
                 acc = acc * factors.index(it % 2).load(row_layout)[:, None]
-            if SIDE == 1:  # beside the next softmax
+            if SIDE == 1 and TILES > 1:  # beside the next softmax
                 if i + 1 < behind:
                     mbarrier.wait(scored.index((it + 1) % 2), ((it + 1) // 2) & 1)
             acc = warpgroup_mma(ps.index(it % 2), ks.index(buf), acc, is_async=True)
