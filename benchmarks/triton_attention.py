@@ -124,13 +124,21 @@ def header() -> dict[str, Any]:
 
 
 def plots(path: Path) -> None:
-    """One plot a bench beside the result file: ours as served, and the peers."""
+    """One plot a bench beside the result file: ours as served, and the peers; one of ours over both caches."""
     from attn_core.bench.plot import plot
 
     found = Results.load(path)
-    served = [r for r in found.rows if r.impl == "attn:triton" or not r.impl.startswith("attn:triton ")]
-    for bench in dict.fromkeys(r.bench for r in served):
-        plot(replace(found, rows=tuple(r for r in served if r.bench == bench)), path.with_name(f"triton_{bench}.svg"))
+    served = [r for r in found.rows if not r.impl.startswith("attn:triton ")]
+    narrow = {row.shape.partition(" ")[2]: row for row in served if row.shape.startswith("fp8")}
+    wide = [row for row in served if not row.shape.startswith("fp8")]
+    for bench in dict.fromkeys(r.bench for r in wide):
+        plot(replace(found, rows=tuple(r for r in wide if r.bench == bench)), path.with_name(f"triton_{bench}.svg"))
+    both = [r for r in wide if r.shape in narrow and r.impl == "attn:triton"]
+    pairs = [replace(row, impl=f"{row.impl}, {name} cache") for name, rows in (
+        ("bf16", both), ("fp8", [replace(narrow[r.shape], shape=r.shape) for r in both])
+    ) for row in rows]  # fmt: skip
+    if pairs:
+        plot(replace(found, rows=tuple(pairs)), path.with_name("triton_fp8.svg"))
 
 
 def speed(given: argparse.Namespace, deadline: float) -> None:
@@ -250,7 +258,7 @@ def timed_rows(
 ) -> Iterator[Row]:
     """Ours and the peers on the same data; the variants first, then each peer that has this shape."""
     torch.cuda.empty_cache()
-    label = shape if kv == "auto" else replace(shape, name=f"{shape.name} {kv}")
+    label = shape if kv == "auto" else replace(shape, name=f"{kv} {shape.name}")
     itemsize = 2 if kv == "auto" else 1
     work, _ = workload(shape, kv)
     host_lengths = work.batch.seq_lens_cpu
