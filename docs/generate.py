@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import inspect
 import os
 import re
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
+import attn_core
 import click
 from attn_core import errors
 from attn_core.bench.results import Results
@@ -29,6 +31,7 @@ from attn_core.cli.new import render
 from attn_core.planning import config, manifest, reasons
 from attn_core.planning.discovery import discover
 from attn_core.runtime import backend, batch, kv_cache, layer
+from signatures import functions, to_call, to_make, to_write
 
 DOCS: Final = Path(__file__).parent
 ROOT: Final = DOCS.parent
@@ -135,21 +138,42 @@ def protocol_page() -> Iterator[str]:
     yield "What a backend implements and what it is given. Import all of it from `attn_core`.\n"
     yield "## AttentionBackend\n"
     yield f"{inspect.cleandoc(backend.AttentionBackend.__doc__ or '')}\n"
-    for name, member in vars(backend.AttentionBackend).items():
-        function = member.__func__ if isinstance(member, classmethod) else member
-        if inspect.isfunction(function) and not name.startswith("_"):
-            required = " (required)" if getattr(function, "__isabstractmethod__", False) else ""
-            yield f"### `{name}`{required}\n"
-            yield f"```python\n{name}{_signature(function)}\n```\n"
-            yield f"{inspect.cleandoc(function.__doc__ or '')}\n"
+    for name, function in functions(backend.AttentionBackend):
+        yield from to_write(name, function)
     yield "## ForwardBatch\n"
     yield f"{inspect.cleandoc(batch.ForwardBatch.__doc__ or '')}\n"
     yield from _table(("field", "type", "meaning"), list(_fields(batch.ForwardBatch)))
     yield "### Modes\n"
     yield from _table(("mode", "new tokens"), list(_members(batch.ForwardMode)))
-    for each in (batch.TreeMask, layer.AttentionLayer, kv_cache.KVCache, config.AttentionConfig, config.LayerKind):
-        yield f"## {each.__name__}\n"
-        yield f"{inspect.cleandoc(each.__doc__ or '')}\n"
+    for described in (batch.TreeMask, layer.AttentionLayer):
+        yield f"## {described.__name__}\n"
+        yield f"{inspect.cleandoc(described.__doc__ or '')}\n"
+    yield from to_make(kv_cache.KVCache)
+    for asked in (config.AttentionConfig, config.LayerKind):
+        yield f"## {asked.__name__}\n"
+        yield f"{inspect.cleandoc(asked.__doc__ or '')}\n"
+        yield from _table(("field", "type", "default"), list(_defaults(asked)))
+
+
+def engine_page() -> Iterator[str]:
+    """docs/reference/engine.md, around the example of docs/engine_step.py"""
+    yield "# What an engine calls\n"
+    yield "From a model's config to a step: `plan` says who runs what, `build` makes it, and what comes out of `build`"
+    yield "speaks [the contract](protocol.md), whichever backends are behind it. Import all of it from `attn_core`.\n"
+    _, _, step = (DOCS / "engine_step.py").read_text(encoding="utf-8").partition("\n\n")
+    yield f"```python\n{step.strip()}\n```\n"
+    yield from to_call("plan", attn_core.plan)
+    yield from to_call("build", attn_core.build)
+    yield from to_call("settle", attn_core.settle)
+    yield from to_make(attn_core.Plan)
+    yield "## Batches\n"
+    for name in ("build", "check", "split"):
+        yield from to_call(f"ForwardBatch.{name}", getattr(batch.ForwardBatch, name), "###")
+    yield from to_call("TreeMask.from_parents", batch.TreeMask.from_parents, "###")
+    yield from to_make(kv_cache.PageAllocator)
+    yield from to_make(attn_core.GraphRunner)
+    yield f"### `GraphShape`\n\n{inspect.cleandoc(attn_core.GraphShape.__doc__ or '')}\n"
+    yield from to_call("merge_state", attn_core.merge_state)
 
 
 def cli_page() -> Iterator[str]:
@@ -189,6 +213,7 @@ PAGES: Final[dict[str, Callable[[], Iterator[str]]]] = {
     "reference/reasons.md": reasons_page,
     "reference/errors.md": errors_page,
     "reference/protocol.md": protocol_page,
+    "reference/engine.md": engine_page,
     "reference/cli.md": cli_page,
     "backend-in-15-minutes.md": tutorial_page,
 }
@@ -202,23 +227,12 @@ def _table(headers: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[st
     yield ""
 
 
-def _signature(function: Callable[..., Any]) -> str:
-    """The signature as it is written, one line if it fits, without the quotes of postponed annotations."""
-    text = str(inspect.signature(function)).replace("'", "")
-    if len(text) <= 100:
-        return text
-    inside, _, result = text[1:].rpartition(")")
-    return "(\n" + textwrap.indent(",\n".join(_split_arguments(inside)), "    ") + ",\n)" + result
-
-
-def _split_arguments(text: str) -> Iterator[str]:
-    depth, start = 0, 0
-    for i, char in enumerate(text):
-        depth += (char in "[(") - (char in "])")
-        if char == "," and not depth:
-            yield text[start:i].strip()
-            start = i + 1
-    yield text[start:].strip()
+def _defaults(cls: Any) -> Iterator[tuple[str, str, str]]:
+    """(name, type, default) of each field of a dataclass."""
+    for each in dataclasses.fields(cls):
+        made = each.default_factory is not dataclasses.MISSING
+        default = "" if each.default is dataclasses.MISSING else f"`{each.default!r}`"
+        yield f"`{each.name}`", f"`{each.type}`", "empty" if made else default
 
 
 def _fields(cls: type) -> Iterator[tuple[str, str, str]]:

@@ -14,6 +14,13 @@ def test_the_example_runs_as_it_stands() -> None:
     assert run(sys.executable, "-c", example + "\nprint(tuple(out.shape))").splitlines()[-1] == "(5, 9, 64)"
 
 
+def test_the_engines_example_runs_as_it_stands() -> None:
+    printed = run(sys.executable, str(ROOT / "docs" / "engine_step.py")).splitlines()[-1]
+    assert printed == "torch.Size([40, 9, 64]) torch.Size([1, 9, 64])"
+    example = (ROOT / "docs" / "engine_step.py").read_text().partition("\n\n")[2].strip()
+    assert example in (ROOT / "docs" / "reference" / "engine.md").read_text()
+
+
 def test_links_of_the_documents_lead_somewhere() -> None:
     for document in (ROOT / "README.md", *ROOT.glob("docs/**/*.md")):
         for target in re.findall(r"\]\(([^)#]+)", document.read_text()):
