@@ -105,6 +105,8 @@ def test_a_run_of_verify_that_is_interrupted_says_how_far_it_was(site: Site) -> 
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # a shell has what it runs in the background ignore Ctrl-C, and so would this
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stderr is not None
         assert process.stderr.readline() == "attn: verifying torch_native\n"  # a case has ended
