@@ -23,7 +23,7 @@ from typing import Any, Final
 import attn_core
 import click
 from attn_core import errors
-from attn_core.bench.results import Results
+from attn_core.bench.results import Results, Row
 from attn_core.cli import COMMANDS
 from attn_core.cli.group import attn
 from attn_core.cli.matrix import workspace_distributions
@@ -37,7 +37,7 @@ DOCS: Final = Path(__file__).parent
 ROOT: Final = DOCS.parent
 OUTPUT: Final = re.compile(r"(<!-- output of: (attn .*?) -->).*?(<!-- end of output -->)", re.DOTALL)
 FIGURES: Final = re.compile(
-    r"(<!-- figures of: (\S+\.json): (.*?)(?:, only (.*?))? -->).*?(<!-- end of figures -->)", re.DOTALL
+    r"(<!-- figures of: (\S+\.json): (.*?)(?:, (only|across) (.*?))? -->).*?(<!-- end of figures -->)", re.DOTALL
 )
 NOTICE: Final = "<!-- made from the code by docs/generate.py; do not edit -->\n"
 
@@ -279,28 +279,54 @@ def with_figures(text: str) -> str:
     """``text`` with a table after each ``<!-- figures of: FILE: SHAPE; ... -->``, up to its end.
 
     FILE is a benchmark's result; shapes are named by how they begin. The first row of a shape is what the others are
-    compared with.
+    compared with; ``across`` has a column for each implementation in its place.
     """
     return FIGURES.sub(
-        lambda found: f"{found[1]}\n\n{_figures(found[2], found[3].split('; '), found[4])}\n{found[5]}", text
+        lambda found: (
+            f"{found[1]}\n\n"
+            f"{_figures(found[2], found[3].split('; '), (found[5] or '').split(', '), across=found[4] == 'across')}\n"
+            f"{found[6]}"
+        ),
+        text,
     )
 
 
-def _figures(path: str, wanted: list[str], only: str | None) -> str:
-    """The rows whose shapes begin as ``wanted`` says, of every implementation or of ``only`` those named."""
+def _figures(path: str, wanted: list[str], impls: list[str], *, across: bool) -> str:
+    """The rows whose shapes begin as ``wanted`` says, of every implementation or of those in ``impls``."""
     results = Results.load(ROOT / path)
-    impls = only.split(", ") if only else {row.impl for row in results.rows}
-    rows = [row for shape in wanted for row in results.rows if row.shape.startswith(shape) and row.impl in impls]
-    first = {row.shape: row.ms for row in reversed(rows)}
+    rows = [
+        row
+        for shape in wanted
+        for row in results.rows
+        if row.shape.startswith(shape) and (impls == [""] or row.impl in impls)
+    ]
     missing = [shape for shape in wanted if not any(row.shape.startswith(shape) for row in rows)]
     if missing:
         raise SystemExit(f"{path} has no {', '.join(missing)}")
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
-    lines = _table(
+    lines = _across(rows, impls) if across else _down(rows)
+    return "\n".join([f"{results.device}, {results.date}, {versions}: [{Path(path).name}](../{path})\n", *lines])
+
+
+def _down(rows: list[Row]) -> Iterator[str]:
+    """A row for each measurement, beside the first of its shape."""
+    first = {row.shape: row.ms for row in reversed(rows)}
+    return _table(
         ("shape", "what", "ms", "of the first"),
         [(row.shape, f"`{row.impl}`", _milliseconds(row.ms), f"{row.ms / first[row.shape]:.2f}") for row in rows],
     )
-    return "\n".join([f"{results.device}, {results.date}, {versions}: [{Path(path).name}](../{path})\n", *lines])
+
+
+def _across(rows: list[Row], impls: list[str]) -> Iterator[str]:
+    """A row for each shape, milliseconds of each implementation across; the first of several of one is shown."""
+    found = {(row.shape, row.impl): row.ms for row in reversed(rows)}
+    return _table(
+        ("shape, ms", *(f"`{impl}`" for impl in impls)),
+        [
+            (shape, *(_milliseconds(found[shape, impl]) if (shape, impl) in found else "-" for impl in impls))
+            for shape in dict.fromkeys(row.shape for row in rows)
+        ],
+    )
 
 
 def _milliseconds(ms: float) -> str:
