@@ -23,7 +23,6 @@ from typing import Any, Final
 import attn_core
 import click
 from attn_core import errors
-from attn_core.bench.results import Results, Row
 from attn_core.cli import COMMANDS
 from attn_core.cli.group import attn
 from attn_core.cli.matrix import workspace_distributions
@@ -31,14 +30,12 @@ from attn_core.cli.new import render
 from attn_core.planning import config, manifest, reasons
 from attn_core.planning.discovery import discover
 from attn_core.runtime import backend, batch, kv_cache, layer
+from figures import FIGURES, ROWS, table, with_figures, with_rows
 from signatures import functions, to_call, to_make, to_write
 
 DOCS: Final = Path(__file__).parent
 ROOT: Final = DOCS.parent
 OUTPUT: Final = re.compile(r"(<!-- output of: (attn .*?) -->).*?(<!-- end of output -->)", re.DOTALL)
-FIGURES: Final = re.compile(
-    r"(<!-- figures of: (\S+\.json): (.*?)(?:, (only|across) (.*?))? -->).*?(<!-- end of figures -->)", re.DOTALL
-)
 NOTICE: Final = "<!-- made from the code by docs/generate.py; do not edit -->\n"
 
 #: What each key of a manifest says. A key that is not described here, or described and gone, stops the generator.
@@ -88,7 +85,7 @@ def manifest_page() -> Iterator[str]:
                 f"{title}: {set(known) ^ set(described)} is in the code or in docs/generate.py, not in both"
             )
         yield f"## {title}\n"
-        yield from _table(("key", "what it says"), [(f"`{key}`", described[key]) for key in known])
+        yield from table(("key", "what it says"), [(f"`{key}`", described[key]) for key in known])
     yield "## Values\n"
     values = {
         "phases": config.PHASES,
@@ -98,12 +95,12 @@ def manifest_page() -> Iterator[str]:
         "kv_dtypes": config.KV_DTYPES,
         "kv_layouts": config.KV_LAYOUTS,
     }
-    yield from _table(
+    yield from table(
         ("key", "accepted"), [(f"`{key}`", ", ".join(f"`{v}`" for v in accepted)) for key, accepted in values.items()]
     )
     yield "## Features\n"
     yield "The closed set. Causal attention and grouped queries of any group size are not features: all have them.\n"
-    yield from _table(
+    yield from table(
         ("feature", "what a backend that has it does"), [(f"`{k}`", v) for k, v in config.FEATURES.items()]
     )
 
@@ -113,7 +110,7 @@ def reasons_page() -> Iterator[str]:
     yield "# Reason codes\n"
     yield "Why a backend was refused, as `attn explain` and `evaluate` give it; the root cause comes first: "
     yield f"{', '.join(f'*{name}*' for name in reasons.LAYERS)}.\n"
-    yield from _table(
+    yield from table(
         ("code", "layer", "what stands against the backend"),
         [(f"`{code}`", layer_, text) for code, (layer_, text) in reasons.CODES.items()],
     )
@@ -127,9 +124,7 @@ def errors_page() -> Iterator[str]:
     _, root, tree = (errors.__doc__ or "").partition("AttnError")
     yield f"```\n{root}{tree.rstrip()}\n```\n"
     classes = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.AttnError)]
-    yield from _table(
-        ("class", "code", "exit"), [(f"`{e.__name__}`", f"`{e.code}`", str(e.exit_code)) for e in classes]
-    )
+    yield from table(("class", "code", "exit"), [(f"`{e.__name__}`", f"`{e.code}`", str(e.exit_code)) for e in classes])
 
 
 def protocol_page() -> Iterator[str]:
@@ -142,9 +137,9 @@ def protocol_page() -> Iterator[str]:
         yield from to_write(name, function)
     yield "## ForwardBatch\n"
     yield f"{inspect.cleandoc(batch.ForwardBatch.__doc__ or '')}\n"
-    yield from _table(("field", "type", "meaning"), list(_fields(batch.ForwardBatch)))
+    yield from table(("field", "type", "meaning"), list(_fields(batch.ForwardBatch)))
     yield "### Modes\n"
-    yield from _table(("mode", "new tokens"), list(_members(batch.ForwardMode)))
+    yield from table(("mode", "new tokens"), list(_members(batch.ForwardMode)))
     for described in (batch.TreeMask, layer.AttentionLayer):
         yield f"## {described.__name__}\n"
         yield f"{inspect.cleandoc(described.__doc__ or '')}\n"
@@ -152,7 +147,7 @@ def protocol_page() -> Iterator[str]:
     for asked in (config.AttentionConfig, config.LayerKind):
         yield f"## {asked.__name__}\n"
         yield f"{inspect.cleandoc(asked.__doc__ or '')}\n"
-        yield from _table(("field", "type", "default"), list(_defaults(asked)))
+        yield from table(("field", "type", "default"), list(_defaults(asked)))
 
 
 def engine_page() -> Iterator[str]:
@@ -219,14 +214,6 @@ PAGES: Final[dict[str, Callable[[], Iterator[str]]]] = {
 }
 
 
-def _table(headers: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:
-    yield "| " + " | ".join(headers) + " |"
-    yield "|" + "---|" * len(headers)
-    for row in rows:
-        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
-    yield ""
-
-
 def _defaults(cls: Any) -> Iterator[tuple[str, str, str]]:
     """(name, type, default) of each field of a dataclass."""
     for each in dataclasses.fields(cls):
@@ -275,64 +262,6 @@ def with_outputs(text: str) -> str:
     return OUTPUT.sub(lambda found: f"{found[1]}\n\n```\n$ {found[2]}\n{_printed(found[2])}\n```\n\n{found[3]}", text)
 
 
-def with_figures(text: str) -> str:
-    """``text`` with a table after each ``<!-- figures of: FILE: SHAPE; ... -->``, up to its end.
-
-    FILE is a benchmark's result; shapes are named by how they begin. The first row of a shape is what the others are
-    compared with; ``across`` has a column for each implementation in its place.
-    """
-    return FIGURES.sub(
-        lambda found: (
-            f"{found[1]}\n\n"
-            f"{_figures(found[2], found[3].split('; '), (found[5] or '').split(', '), across=found[4] == 'across')}\n"
-            f"{found[6]}"
-        ),
-        text,
-    )
-
-
-def _figures(path: str, wanted: list[str], impls: list[str], *, across: bool) -> str:
-    """The rows whose shapes begin as ``wanted`` says, of every implementation or of those in ``impls``."""
-    results = Results.load(ROOT / path)
-    rows = [
-        row
-        for shape in wanted
-        for row in results.rows
-        if row.shape.startswith(shape) and (impls == [""] or row.impl in impls)
-    ]
-    missing = [shape for shape in wanted if not any(row.shape.startswith(shape) for row in rows)]
-    if missing:
-        raise SystemExit(f"{path} has no {', '.join(missing)}")
-    versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
-    lines = _across(rows, impls) if across else _down(rows)
-    return "\n".join([f"{results.device}, {results.date}, {versions}: [{Path(path).name}](../{path})\n", *lines])
-
-
-def _down(rows: list[Row]) -> Iterator[str]:
-    """A row for each measurement, beside the first of its shape."""
-    first = {row.shape: row.ms for row in reversed(rows)}
-    return _table(
-        ("shape", "what", "ms", "of the first"),
-        [(row.shape, f"`{row.impl}`", _milliseconds(row.ms), f"{row.ms / first[row.shape]:.2f}") for row in rows],
-    )
-
-
-def _across(rows: list[Row], impls: list[str]) -> Iterator[str]:
-    """A row for each shape, milliseconds of each implementation across; the first of several of one is shown."""
-    found = {(row.shape, row.impl): row.ms for row in reversed(rows)}
-    return _table(
-        ("shape, ms", *(f"`{impl}`" for impl in impls)),
-        [
-            (shape, *(_milliseconds(found[shape, impl]) if (shape, impl) in found else "-" for impl in impls))
-            for shape in dict.fromkeys(row.shape for row in rows)
-        ],
-    )
-
-
-def _milliseconds(ms: float) -> str:
-    return f"{ms:.2f}" if ms >= 1 else f"{ms:.4f}"
-
-
 def _printed(command: str) -> str:
     """What ``attn ...`` prints with the plugins of this workspace, on a machine without an accelerator."""
     name, *arguments = shlex.split(command)
@@ -363,8 +292,8 @@ def _pages() -> Iterator[tuple[Path, str]]:
         yield DOCS / name, NOTICE + "\n".join(page()).rstrip() + "\n"
     for path in (ROOT / "README.md", *sorted(DOCS.glob("*.md"))):
         text = path.read_text(encoding="utf-8")
-        if OUTPUT.search(text) or FIGURES.search(text):
-            yield path, with_figures(with_outputs(text))
+        if any(made.search(text) for made in (OUTPUT, FIGURES, ROWS)):
+            yield path, with_rows(with_figures(with_outputs(text)))
 
 
 def main() -> int:
