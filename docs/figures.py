@@ -109,7 +109,7 @@ def _across(rows: list[Row], impls: list[str]) -> Iterator[str]:
 
 
 def _milliseconds(ms: float) -> str:
-    return f"{ms:.2f}" if ms >= 1 else f"{ms:.4f}"
+    return f"{ms:.2f}" if ms >= 10 else f"{ms:.3f}" if ms >= 1 else f"{ms:.4f}"
 
 
 def table(headers: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:
