@@ -29,6 +29,7 @@ from attn_core.cli.matrix import workspace_distributions
 from attn_core.cli.new import render
 from attn_core.planning import config, manifest, reasons
 from attn_core.planning.discovery import discover
+from attn_core.planning.plan import PhasePlan
 from attn_core.runtime import backend, batch, kv_cache, layer
 from figures import FIGURES, ROWS, table, with_figures, with_rows
 from signatures import functions, to_call, to_make, to_write
@@ -157,11 +158,18 @@ def engine_page() -> Iterator[str]:
     yield "speaks [the contract](protocol.md), whichever backends are behind it. Import all of it from `attn_core`.\n"
     _, _, step = (DOCS / "engine_step.py").read_text(encoding="utf-8").partition("\n\n")
     yield f"```python\n{step.strip()}\n```\n"
+    yield "## Configs\n"
+    yield "Fields and defaults: [AttentionConfig](protocol.md#attentionconfig), [LayerKind](protocol.md#layerkind).\n"
+    for name in ("from_hf", "preset", "replace", "without_towers", "kind_of"):
+        yield from to_call(f"AttentionConfig.{name}", getattr(config.AttentionConfig, name), "###")
     yield from to_call("plan", attn_core.plan)
     yield from to_call("build", attn_core.build)
     yield from to_call("settle", attn_core.settle)
     yield from to_make(attn_core.Plan)
-    yield "## Batches\n"
+    yield f"### `PhasePlan`\n\n{inspect.cleandoc(PhasePlan.__doc__ or '')}\n"
+    yield "## Caches, layers, batches\n"
+    yield "Pools and views of an engine's own: [KVCache](protocol.md#kvcache).\n"
+    yield from to_call("AttentionLayer.of_kind", layer.AttentionLayer.of_kind, "###")
     for name in ("build", "check", "split"):
         yield from to_call(f"ForwardBatch.{name}", getattr(batch.ForwardBatch, name), "###")
     yield from to_call("TreeMask.from_parents", batch.TreeMask.from_parents, "###")
