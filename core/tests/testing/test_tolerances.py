@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -51,6 +52,22 @@ def test_an_honest_kernel_is_inside(
     for seed in range(5):
         found = problem(dtype, n, m, width, heat, seed)
         assert output_faults(kernel(found, layer, dtype), expected(found, layer, dtype), "") == []
+
+
+def test_a_sink_alone_may_go_through_base_two() -> None:
+    """As the sink of a row without keys has to: kernels keep sums in base 2, and come back in the end."""
+    sinks = torch.linspace(-4, 4, 801).bfloat16().float()
+    layer = AttentionLayer(0, 801, 1, 16, 16, 0.25, sinks=sinks)
+    none = Problem(slice(0, 1), torch.zeros(1, 801, 16).double(), *(torch.zeros(0, 1, 16).double(),) * 2,
+                   torch.zeros(1, 0, dtype=torch.bool))  # fmt: skip
+    said = expected(none, layer, torch.float32)
+    there = sinks * torch.tensor(math.log2(math.e))
+    back = there * torch.tensor(math.log(2))
+    assert not torch.equal(back, sinks)
+    out = torch.zeros(1, 801, 16)
+    assert output_faults(Output(out, back[None]), said, "") == []
+    for off in (1 + 3 * 4 * 2.0**-24, 1 - 3 * 4 * 2.0**-24):  # three times what the four roundings may be
+        assert output_faults(Output(out, (sinks * off)[None]), said, "") != []
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

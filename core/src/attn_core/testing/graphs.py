@@ -79,6 +79,7 @@ class CapturedStep:
         columns = -(-context // page)
         tokens = self.capacity * self.query_len
         fill = self.backend.cuda_graph_seq_len_fill_value
+        encoders = self._encoder_table(like)
         lengths = torch.full_like(like.seq_lens, fill)
         starts = torch.arange(0, tokens + 1, self.query_len, dtype=torch.int32, device=self.device)
         return replace(
@@ -94,7 +95,8 @@ class CapturedStep:
             tree=None if like.tree is None else TreeMask(_alone(like.tree.visible)),
             encoder_seq_lens=_zeros_like(like.encoder_seq_lens),
             encoder_seq_lens_cpu=_zeros_like(like.encoder_seq_lens_cpu),
-            encoder_page_table=self._encoder_table(like),
+            encoder_page_table=encoders,
+            max_encoder_seq_len=0 if encoders is None else encoders.shape[1] * page,
             plan_state=None,
         )
 
