@@ -21,10 +21,10 @@ KERNELS = {
     ),
     "_fold": (
         {
-            "out": "*bf16", "lse": "*fp32", "sinks": "*fp32", "out_t": "i32", "out_h": "i32", "num_heads": "i32",
-            "width": "i32",
+            "out": "*bf16", "lse": "*fp32", "sinks": "*fp32", "folded": "*fp32", "out_t": "i32", "out_h": "i32",
+            "num_heads": "i32", "width": "i32",
         },
-        {"HEADS": 8, "WIDTH": 128},
+        {"HEADS": 8, "WIDTH": 128, "LSE": True},
     ),
 }  # fmt: skip
 PROGRAM = """

@@ -74,8 +74,20 @@ def test_fold_is_one_more_logit(heads: int, width: int) -> None:
     lse[1] = float("-inf")
     out[1] = float("nan")
     sink[0] = float("-inf")
-    mine = out.clone(), lse.clone()
-    metadata.launch_fold(*mine, sink)
-    sinks.fold_sinks(out, lse, sink)
-    torch.testing.assert_close(mine[0], out)
-    torch.testing.assert_close(mine[1], lse)
+    mine, given, folded = out.clone(), lse.clone(), torch.full_like(lse, 7.0)
+    metadata.launch_fold(mine, given, sink, folded)
+    want = sinks.fold_sinks(out, lse, sink, return_lse=True)
+    torch.testing.assert_close(mine, out)
+    torch.testing.assert_close(folded, want)
+    # several warps of a program read it: what one of them wrote there, a later one would read (and did, on a GPU)
+    assert torch.equal(given, lse)
+
+
+def test_fold_without_a_log_sum_exp_writes_none() -> None:
+    torch.manual_seed(0)
+    out, lse, sink = torch.randn(5, 3, 64), torch.randn(5, 3), torch.randn(3)
+    mine, given = out.clone(), lse.clone()
+    metadata.launch_fold(mine, given, sink, None)
+    assert sinks.fold_sinks(out, lse, sink, return_lse=False) is None
+    torch.testing.assert_close(mine, out)
+    assert torch.equal(given, lse)

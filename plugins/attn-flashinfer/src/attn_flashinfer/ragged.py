@@ -130,7 +130,7 @@ def finish(found: Any, sinks: Tensor | None, return_lse: bool, out: Tensor | Non
     if isinstance(found, tuple):
         rows, lse = found
         if sinks is not None:
-            fold_sinks(rows, lse, sinks)
+            lse = fold_sinks(rows, lse, sinks, return_lse=return_lse)
         else:
             lse.mul_(LN2)
     else:

@@ -174,7 +174,10 @@ def launch_pack(
 
 
 @triton.jit
-def _fold(out, lse, sinks, out_t, out_h, num_heads, width, HEADS: tl.constexpr, WIDTH: tl.constexpr):
+def _fold(
+    out, lse, sinks, folded, out_t, out_h, num_heads, width, HEADS: tl.constexpr, WIDTH: tl.constexpr, LSE: tl.constexpr
+):  # fmt: skip
+    # several warps load the same lse: what one of them stored in place, a later one would take for the library's
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     column = tl.arange(0, WIDTH)
@@ -191,13 +194,14 @@ def _fold(out, lse, sinks, out_t, out_h, num_heads, width, HEADS: tl.constexpr, 
     value = tl.load(place, mask=tile, other=0.0).to(tl.float32)
     value = tl.where(weight[:, None] > 0, value * (weight / safe)[:, None], 0.0)
     tl.store(place, value.to(out.dtype.element_ty), mask=tile)
-    tl.store(lse + token * num_heads + head, tl.where(total > 0, top + tl.log(safe), -float("inf")), mask=live)
+    if LSE:
+        tl.store(folded + token * num_heads + head, tl.where(total > 0, top + tl.log(safe), -float("inf")), mask=live)
 
 
-def launch_fold(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
-    """See `sinks.fold_sinks`."""
+def launch_fold(out: Tensor, lse: Tensor, sinks: Tensor, folded: Tensor | None) -> None:
+    """See `sinks.fold_sinks`; the log-sum-exp goes to ``folded`` [T, Hq], if that is given: never to ``lse``."""
     tokens, heads, width = out.shape
     _fold[(tokens, triton.cdiv(heads, _HEADS))](
-        out, lse, sinks, *out.stride()[:2], heads, width,
-        HEADS=_HEADS, WIDTH=triton.next_power_of_2(width), num_warps=4,
+        out, lse, sinks, lse if folded is None else folded, *out.stride()[:2], heads, width,
+        HEADS=_HEADS, WIDTH=triton.next_power_of_2(width), LSE=folded is not None, num_warps=4,
     )  # fmt: skip
