@@ -16,7 +16,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import replace
+from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Final
@@ -157,11 +159,21 @@ def speed(given: argparse.Namespace, deadline: float) -> None:
                 flush=True,
             )
         found = results(rows, detect())
+        found = replace(found, versions={**found.versions, **peer_versions()})
         found.write(given.out / "triton_attention.json")
         if time.monotonic() > deadline:
             print("out of time", flush=True)
             break
     print(table(rows), flush=True)
+
+
+def peer_versions() -> dict[str, str]:
+    """The libraries that are here to be compared with."""
+    here = {}
+    for name in ("tokenspeed-fa3", "flashinfer-python", "sgl-flash-mla"):
+        with suppress(metadata.PackageNotFoundError):
+            here[name] = metadata.version(name)
+    return here
 
 
 def shapes(benches: list[str]) -> list[tuple[Shape, str]]:
