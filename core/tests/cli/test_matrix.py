@@ -27,8 +27,8 @@ def run(level: str = "silicon", date: str = "2026-11-22", device: str = "H100", 
     return Evidence("mine", "attn-mine", "1.0", device, level, date, outcomes, "x.json", ("contract",), "c0de")
 
 
-def matrix(refs: list[BackendRef], runs: list[Evidence], code: str = "c0de") -> list[Row]:
-    return matrix_of(refs, runs, lambda _ref: code)
+def matrix(refs: list[BackendRef], runs: list[Evidence], code: str = "c0de", kit: str = "") -> list[Row]:
+    return matrix_of(refs, runs, lambda _ref: code, lambda: kit)
 
 
 def document(**changes: Any) -> dict[str, Any]:
@@ -115,6 +115,28 @@ def test_a_run_of_other_code_says_so(recorded: str, installed: str, mark: str, w
     assert str(cell) == "proved: silicon, H100, 2026-11-22" + (f" ({words})" if words else "")
     assert cell.to_json()["runs"][0]["code"] == code
     assert to_html(rows).count(f" ({words})" if words else "†") == (4 if words else 0)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "recorded", "installed", "doubtful"),
+    [
+        ("over_claimed", "k1", "k2", True),
+        ("over_claimed", "k1", "k1", False),
+        ("over_claimed", "", "k1", False),
+        ("proved", "k1", "k2", False),
+    ],
+)
+def test_a_fault_that_another_kit_found_says_so(outcome: str, recorded: str, installed: str, doubtful: bool) -> None:
+    """It may have been the kit's own fault; what was proved by another kit stays proved."""
+    runs = [run(sliding_window=outcome)._replace(code="c0de", kit=recorded)]
+    rows = matrix([REF], runs, kit=installed)
+    words = "found by a kit that was edited since, and not run with it again"
+    text, cell = to_markdown(rows), rows[0].features["sliding_window"]
+    assert (f"| {cell.state}, silicon [1]§ |" in text, text.endswith(f"\n§ {words}")) == (doubtful, doubtful)
+    assert (words in str(cell), words in to_html(rows)) == (doubtful, doubtful)
+    assert cell.to_json()["runs"][0]["kit"] == (
+        "unknown" if not recorded else "same" if recorded == installed else "edited"
+    )
 
 
 def test_the_evidence_of_another_distribution_proves_nothing() -> None:
@@ -220,6 +242,7 @@ def test_a_plugin_may_ship_its_evidence(site: Site) -> None:
         "version": "1.2.3",
         "tiers": [],
         "code": "unknown",
+        "kit": "unknown",
     }
     assert rows["good"]["features"]["sliding_window"] == {"state": "proved", "runs": [proof]}
     listed = {each["name"]: each for each in site.attn("list-backends", "--json").json["backends"]}

@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 from attn_core.planning.config import FEATURES
 from attn_core.planning.discovery import BackendRef
 from attn_core.planning.manifest import HEADLINE, headline
-from attn_core.testing.fingerprint import installed_code
+from attn_core.testing.fingerprint import installed_code, kit_hash
 from attn_core.testing.proof import LEVELS, PROVING, Evidence, Standing
 
 #: Which outcomes of a run stand behind each headline flag; one that was proved is enough.
@@ -32,17 +32,29 @@ class Cell:
     runs: tuple[Evidence, ...] = ()
 
     def __str__(self) -> str:
-        where = "; ".join(f"{run.device}, {run.date}{_since(run)}" for run in self.runs)
+        where = "; ".join(f"{run.device}, {run.date}{_since(run)}{self.doubt(run)}" for run in self.runs)
         return f"{self.state}: {self.runs[0].level}, {where}" if self.runs else self.state
 
     def to_json(self) -> dict[str, Any]:
         """The same as JSON data."""
         names = ("level", "device", "date", "version")
         runs = [
-            {**{name: getattr(run, name) for name in names}, "tiers": [*run.tiers], "code": run.standing}
+            {
+                **{name: getattr(run, name) for name in names},
+                "tiers": [*run.tiers],
+                "code": run.standing,
+                "kit": run.judged_by,
+            }
             for run in self.runs
         ]
         return {"state": self.state, "runs": runs}
+
+    def doubt(self, run: Evidence) -> str:
+        """What is to be said of a fault that ``run`` found: the fault may have been the kit's, if that was edited."""
+        return f" ({_OTHER_KIT[1]})" if self.doubtful(run) else ""
+
+    def doubtful(self, run: Evidence) -> bool:
+        return self.state == "failed" and run.judged_by == "edited"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +81,8 @@ _MARKS: Final[Mapping[Standing, tuple[str, str]]] = {
     "edited": ("†", "code edited since"),
     "unknown": ("‡", "the run did not record its code"),
 }
+#: What a run's mark says of the kit that found a fault.
+_OTHER_KIT: Final = ("§", "found by a kit that was edited since, and not run with it again")
 
 
 def _since(run: Evidence) -> str:
@@ -77,7 +91,10 @@ def _since(run: Evidence) -> str:
 
 
 def matrix(
-    refs: Iterable[BackendRef], runs: Iterable[Evidence], code: Callable[[BackendRef], str] = installed_code
+    refs: Iterable[BackendRef],
+    runs: Iterable[Evidence],
+    code: Callable[[BackendRef], str] = installed_code,
+    kit: Callable[[], str] = kit_hash,
 ) -> list[Row]:
     """A row for each backend, sorted by its listed name; ``runs`` as `read_evidence` sorts them.
 
@@ -85,11 +102,12 @@ def matrix(
     computed it; runs of the levels compiled and schema show that code compiles, or that calls bind), `refused`
     (the manifest does not claim it, so a request for it is refused; with runs, the kit saw that it is) or `failed`
     (a run contradicts the manifest). What the strongest level with anything to say has found is what counts. Each run
-    is compared with ``code``, the hash of what is installed: a proof of other code is shown as such.
+    is compared with ``code``, the hash of what is installed, and with ``kit``, the kit's: a proof of other code, and a
+    fault that another kit found, are shown as such.
     """
-    runs = list(runs)
+    runs, judge = list(runs), kit()
     return [
-        _row(ref, [run.beside(code(ref)) for run in runs if run.backend == ref.name and run.dist == ref.dist])
+        _row(ref, [run.beside(code(ref), judge) for run in runs if run.backend == ref.name and run.dist == ref.dist])
         for ref in refs
     ]
 
@@ -152,12 +170,14 @@ class _Notes:
     def __init__(self) -> None:
         self._numbers: dict[tuple[str, str, str], int] = {}
         self._marks: set[Standing] = set()
+        self._doubts = False
 
     def mark(self, cell: Cell, version: str) -> str:
         """The cell in words, with the number of each run; a run of another version or other code says so."""
         if not cell.runs:
             return cell.state
-        return f"{cell.state}, {cell.runs[0].level} {' '.join(self._mark(run, version) for run in cell.runs)}"
+        marks = (self._mark(run, version) + self._doubt(cell, run) for run in cell.runs)
+        return f"{cell.state}, {cell.runs[0].level} {' '.join(marks)}"
 
     def ran(self, row: Row) -> str:
         """Every level that the backend has run at, with its runs and how much of the kit they were.
@@ -178,6 +198,10 @@ class _Notes:
         self._marks.add(run.standing)
         return f"[{number}]{_MARKS[run.standing][0]}"
 
+    def _doubt(self, cell: Cell, run: Evidence) -> str:
+        self._doubts |= cell.doubtful(run)
+        return _OTHER_KIT[0] if cell.doubtful(run) else ""
+
     def lines(self) -> list[str]:
         return [f"[{number}] {level}: {device}, {date}" for (level, device, date), number in self._numbers.items()]
 
@@ -189,6 +213,7 @@ class _Notes:
             " largest tier of the kit that ran whole: contract, numerics, stress."
         )
         marks = [f"{mark} {words}" for standing, (mark, words) in _MARKS.items() if mark and standing in self._marks]
+        marks += [" ".join(_OTHER_KIT)] if self._doubts else []
         return "  \n".join([legend, *self.lines(), *marks])
 
 
@@ -239,7 +264,7 @@ def _html_runs(row: Row) -> str:
 def _html_cell(cell: Cell) -> str:
     import html
 
-    runs = (f"{run.level}, {run.device}, {run.date}, {run.version}{_since(run)}" for run in cell.runs)
+    runs = (f"{run.level}, {run.device}, {run.date}, {run.version}{_since(run)}{cell.doubt(run)}" for run in cell.runs)
     where = "<br>".join(map(html.escape, runs))
     return f'<td class="{cell.state}">{cell.state}{f"<br><small>{where}</small>" if where else ""}</td>'
 

@@ -27,10 +27,17 @@ PROVING: Final = LEVELS[:3]
 Standing = Literal["same", "edited", "unknown"]
 
 
+def _standing(recorded: str, installed: str) -> Standing:
+    if not (recorded and installed):
+        return "unknown"
+    return "same" if recorded == installed else "edited"
+
+
 class Evidence(NamedTuple):
     """What one run of the kit found: which backend, where, how, when, and the outcome of each feature.
 
-    tiers: those of the kit that ran whole. code: the hash of the backend's own code, empty in runs that recorded none.
+    tiers: those of the kit that ran whole. code, kit: hashes of the backend's own code and of the kit, empty in runs
+    that recorded none.
     """
 
     backend: str
@@ -44,6 +51,8 @@ class Evidence(NamedTuple):
     tiers: tuple[str, ...] = ()
     code: str = ""
     standing: Standing = "unknown"
+    kit: str = ""
+    judged_by: Standing = "unknown"
 
     @property
     def reach(self) -> str:
@@ -52,10 +61,9 @@ class Evidence(NamedTuple):
             return ""
         return f"to {self.tiers[-1]}" if len(self.tiers) > 1 else "".join(self.tiers) or "contract in part"
 
-    def beside(self, installed: str) -> Evidence:
-        """The same run, compared with the code that is ``installed``: a hash, or empty."""
-        known = bool(self.code and installed)
-        return self._replace(standing="unknown" if not known else "same" if self.code == installed else "edited")
+    def beside(self, installed: str, kit: str = "") -> Evidence:
+        """The same run, compared with the code and the kit that are installed: hashes, or empty."""
+        return self._replace(standing=_standing(self.code, installed), judged_by=_standing(self.kit, kit))
 
     @classmethod
     def parse(cls, data: Mapping[str, Any], source: str) -> Evidence:
@@ -78,6 +86,7 @@ class Evidence(NamedTuple):
                 source=source,
                 tiers=tuple(map(str, data.get("tiers", ()))),
                 code=str(data.get("code", {}).get(data["distribution"]["name"], "")),
+                kit=str(data.get("kit", "")),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckFailedError(
