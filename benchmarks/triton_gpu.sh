@@ -54,14 +54,7 @@ with ThreadPoolExecutor(12) as pool:
     list(pool.map(unpack, parts))
 print(f"{len(parts)} parts of kernels compiled ahead; {sum(1 for _ in into.iterdir())} kernels", flush=True)
 P
-# Many processes on one GPU take turns by time slices, unless NVIDIA's own service lets them run side by side.
-share() {
-  export CUDA_MPS_PIPE_DIRECTORY=/tmp/attn-mps CUDA_MPS_LOG_DIRECTORY=/tmp/attn-mps-log; mkdir -p /tmp/attn-mps /tmp/attn-mps-log
-  timeout 10 nvidia-cuda-mps-control -d > "$R/mps.txt" 2>&1 &&
-    timeout 20 python3 -c "import torch; print(torch.ones(2, device='cuda').sum().item())" >> "$R/mps.txt" 2>&1 || alone
-  echo "service for many processes: ${CUDA_MPS_PIPE_DIRECTORY:-none}"
-}
-alone() { echo quit | timeout 5 nvidia-cuda-mps-control; rm -rf /tmp/attn-mps; unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY; }
+. benchmarks/side_by_side.sh
 FIXED=(
   extend/16x2x64-32+window=1048576+softcap=1.5/65@0/dtype=float16/kv_dtype=fp8_e5m2/page_size=64/memory=shuffled/seed=1/lse/joined/nosave/twice
   extend/16x2x256-80+sinks+cross/16@16e17/kv_dtype=fp8_e5m2/layout=HND/seed=1/hot/joined/nosave/nohost/loose/alone
@@ -73,10 +66,10 @@ FIXED=(
 )
 fixed() { py 70 benchmarks/triton_check.py cases "${FIXED[@]}" --out "$R" --seconds 60; }
 verify() {
-  share
+  share "$R/mps.txt"
   py $(( ${VERIFY:-50} + 45 )) benchmarks/triton_check.py verify --tier "${TIER:-contract}" --workers "${WORKERS:-16}" \
     --seconds "${VERIFY:-50}" --out "$R"
-  [ -z "${CUDA_MPS_PIPE_DIRECTORY:-}" ] || alone
+  alone
 }
 sanitize() {
   TRITON_CACHE_DIR=${STEPS_CACHE:-$TRITON_CACHE_DIR} timeout "${SANITIZE:-110}" compute-sanitizer --tool "$1" python3 benchmarks/triton_check.py small 2>&1 |

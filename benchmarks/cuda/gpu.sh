@@ -38,15 +38,8 @@ lib() { local limit=$1 log=$2; shift 2; timeout "$limit" python3 benchmarks/cuda
 pack() { tar -C "$R" -czf "$OUT/cuda-$stage.$1" . && mv "$OUT/cuda-$stage.$1" "$OUT/cuda-$stage.tgz"; }
 bring() { pack tmp; echo "$1 at $((SECONDS - begun)) s"; }
 ( while sleep 12; do pack part; done ) > /dev/null 2>&1 & packer=$!  # a run that is killed outright brings what was there
-alone() { [ -d "${CUDA_MPS_PIPE_DIRECTORY:-}" ] && echo quit | timeout 5 nvidia-cuda-mps-control; unset CUDA_MPS_PIPE_DIRECTORY; }
+. benchmarks/side_by_side.sh
 trap 'kill $packer 2>/dev/null; alone' EXIT
-share() { # many processes on one GPU take turns by time slices, unless NVIDIA's own service lets them run side by side
-  export CUDA_MPS_PIPE_DIRECTORY=/tmp/attn-mps CUDA_MPS_LOG_DIRECTORY=/tmp/attn-mps-log; mkdir -p /tmp/attn-mps /tmp/attn-mps-log
-  timeout 10 nvidia-cuda-mps-control -d > "$R/mps.txt" 2>&1 &&
-    timeout 20 python3 -c "import torch; print(torch.ones(2, device='cuda').sum().item())" >> "$R/mps.txt" 2>&1 ||
-    { echo quit | timeout 5 nvidia-cuda-mps-control; rm -r /tmp/attn-mps; unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY; }
-  echo "service for many processes: ${CUDA_MPS_PIPE_DIRECTORY:-none} at $((SECONDS - begun)) s"
-}
 check() { # backend, workers: all of the tier that VERIFY seconds allow, or a spread of SPREAD of its cases, without evidence
   lib $((VERIFY + 45)) "$1-$TIER" verify "$1" --tier "$TIER" --workers "$2" --max-seconds "$VERIFY" \
     ${SPREAD:+--max-cases "$SPREAD"}; echo "$1 at $((SECONDS - begun)) s"
@@ -58,7 +51,7 @@ case $stage in
     env -u FLASHINFER_DISABLE_JIT MAX_JOBS=4 timeout $((BUILD + 40)) python3 plugins/attn-flashinfer/gpu/build_modules.py \
       --out "$OUT" --seconds "$BUILD" --at-once $((cores / 3)) --skip "$R/there.txt" 2>&1 | tee "$R/log-modules.txt" | grep modules ;;
   tiers)
-    TIER=${TIER:-stress}; VERIFY=${VERIFY:-200}; [ "${MPS:-0}" = 1 ] && share
+    TIER=${TIER:-stress}; VERIFY=${VERIFY:-200}; [ "${MPS:-0}" = 1 ] && share "$R/mps.txt"
     for part in ${SHARES:-fa3:5 flashinfer:5 flashinfer_mla:4 flashmla:3}; do check "${part%:*}" "${part#*:}" & done
     [ -n "${ALSO:-}" ] && lib "${MODELS:-90}" models $ALSO &
     [ -n "${CASES:-}" ] && lib 100 cases cases $CASES &
@@ -72,7 +65,7 @@ case $stage in
   layers)
     lib "${LAYERS:-40}" layers layers --backends "${TIMED:-flashinfer_mla,flashmla,fa3,flashinfer}" --rounds "${ROUNDS:-60}"; bring layers ;;
   fa4)
-    TIER=${TIER:-contract}; VERIFY=${VERIFY:-110}; [ "${MPS:-0}" = 1 ] && share
+    TIER=${TIER:-contract}; VERIFY=${VERIFY:-110}; [ "${MPS:-0}" = 1 ] && share "$R/mps.txt"
     check fa4 15; alone; bring verified
     lib "${SPEED:-60}" speed speed --backends fa4 --seconds 0.08; bring timed
     lib "${LAYERS:-30}" layers layers --backends fa4 --rounds "${ROUNDS:-60}"; bring layers ;;
