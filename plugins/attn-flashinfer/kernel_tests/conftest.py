@@ -1,22 +1,10 @@
-"""Triton's interpreter, chosen before kernels are defined, and with loops that newer numpy takes from it."""
+"""Kernels are interpreted here, on a CPU."""
 
 from __future__ import annotations
 
-import os
-from typing import Any
+import sys
+from pathlib import Path
 
-os.environ["TRITON_INTERPRET"] = "1"
+sys.path.insert(0, str(Path(__file__).parents[3] / "tests"))
 
-import torch
-from triton.runtime import interpreter
-
-torch.set_num_threads(1)
-_patch = interpreter._patch_lang_tensor
-
-
-def _patched(tensor: Any, *scope: Any) -> None:
-    _patch(tensor, *scope)
-    tensor.__index__ = lambda self: int(self.handle.data.item())
-
-
-interpreter._patch_lang_tensor = _patched
+import interpreted_kernels  # noqa: F401 - before the kernels are defined
