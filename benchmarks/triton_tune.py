@@ -1,183 +1,290 @@
-"""Launch parameters of attn-triton measured on this GPU, as entries for plugins/attn-triton/src/attn_triton/
-parameters.toml: ``python benchmarks/triton_tune.py --out FOLDER [--classes decode-few,extend] [--seconds 0.05]``.
+"""Launch parameters of attn-triton measured on this GPU: whether the committed table, attn_triton/parameters.toml, has
+the best of each class of shapes, and entries for what it has not.
 
-A class of shapes is tried with every candidate: compiled and checked against the fp64 oracle side by side, then timed
-alone. The best is that with the least geometric mean, over the shapes of the class, of its time to the shape's best
-time. Everything that was measured is written beside the entries.
+    python benchmarks/triton_tune.py --out FOLDER [--classes decode-few,extend] [--seconds 0.03] [--budget 120]
+
+The committed entry of a class and the candidates round it (`triton_tune_classes.py`) run every shape of the class. Each
+is checked against the fp64 oracle first, side by side in processes, which is also what compiles. Then, alone on the
+GPU, they are timed in turns, replay by replay, so that a clock that moves is the same for all. The best of a class has
+the least geometric mean over its shapes. An entry within KEEP of it is kept: what decides less than that is the run.
+
+FOLDER/triton_tune.json has a row for each class (what=class: ratio of the committed entry to the best) and for each
+measurement (what=candidate); FOLDER/parameters.toml the entries, kept or new.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import importlib
 import json
 import math
+import statistics
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from attn_core.bench.shapes import SHAPES, Shape
-from attn_core.bench.timing import time_graph
+from attn_core.bench.run import Workload, row
+from attn_core.bench.shapes import SHAPES
 from attn_core.planning.plan import plan
 from attn_core.planning.system import detect
+from attn_core.runtime.batch import ForwardBatch, ForwardMode
+from attn_core.testing.reference import reference
 from attn_triton import parameters
 from attn_triton.backend import TritonBackend
-from triton_attention import VARIANTS, compiled_and_right, forward_of, header, workload
+from torch import Tensor
+from triton_attention import forward_of, header, workload
+from triton_tune_classes import CLASSES, Candidate, ShapeClass, committed, label
 
+#: How much more time than the best the committed entry may take and be kept.
+KEEP: Final = 1.03
+#: The error that an output may have, as `triton_attention.compiled_and_right` allows.
+MOST_ERROR: Final = 1e-2
+#: Candidates that one process checks at a time, and calls in a graph.
+CHUNK, CALLS = 5, 10
 
-@dataclass(frozen=True, slots=True)
-class ShapeClass:
-    """Shapes that share an entry of ``table``, the facts that select it, and what is tried."""
-
-    table: str
-    facts: dict[str, Any]
-    shapes: tuple[str, ...]
-    candidates: tuple[dict[str, Any], ...]
-    kv: str = "auto"
-    forced: tuple[tuple[str, Any], ...] = ()
-
-
-def _decode(block_n: tuple[int, ...], warps: tuple[int, ...], stages: tuple[int, ...], per_sm: tuple[int, ...]) -> Any:
-    names = ("block_n", "warps", "stages", "per_sm")
-    return tuple(dict(zip(names, values, strict=True)) for values in itertools.product(block_n, warps, stages, per_sm))
-
-
-def _gluon(keys: tuple[int, ...], warps: tuple[int, ...], per_sm: tuple[int, ...]) -> Any:
-    """Tiles of the Gluon kernel over an fp8 cache: ``keys`` of each warp; no more warps than have registers."""
-    return tuple(
-        {"gluon": True, "block_n": n * w, "warps": w, "per_sm": p}
-        for n, w, p in itertools.product(keys, warps, per_sm)
-        if w * p <= 8
-    )
-
-
-def _extend(*tiles: tuple[int, int, int, int]) -> tuple[dict[str, Any], ...]:
-    names = ("block_m", "block_n", "warps", "stages")
-    return tuple(
-        {**dict(zip(names, tile, strict=True)), "by_head": by_head} for tile in tiles for by_head in (True, False)
-    )
-
-
-_MHA: Final = {"kind": "mha", "item_bytes": 2, "cache_bytes": 2, "max_width": 128}
-_MLA: Final = {"kind": "mla", "item_bytes": 2, "cache_bytes": 2, "max_width": 576}
-CLASSES: Final[dict[str, ShapeClass]] = {
-    "decode-few": ShapeClass(
-        "decode", {**_MHA, "load": "few"}, ("decode bs1 kv8192", "decode bs16 kv4096", "decode bs8 kv65536"),
-        _decode((64, 128), (4, 8), (2, 3), (1, 2)),
-    ),
-    "decode-many": ShapeClass(
-        "decode", {**_MHA, "load": "many"}, ("decode bs64 kv4096", "decode bs128 kv2048", "decode bs256 kv1024"),
-        _decode((64, 128), (4,), (2, 3, 4), (1, 2, 3)),
-    ),
-    "decode-mixed": ShapeClass(
-        "decode", {**_MHA, "load": "mixed"}, ("decode bs64 kv128-32768 log-uniform",),
-        _decode((64, 128), (4,), (2, 3), (1, 2, 3)),
-    ),
-    "decode-fp8": ShapeClass(
-        "decode", {**_MHA, "cache_bytes": 1}, ("decode bs64 kv4096", "decode bs128 kv2048", "decode bs8 kv65536"),
-        _decode((64, 128), (4, 8), (3, 4), (1, 2, 3)), kv="fp8_e4m3",
-    ),
-    "decode-fp8-few": ShapeClass(
-        "decode", {"kind": "mha", "load": "few"}, ("decode bs1 kv8192", "decode bs16 kv4096"),
-        _gluon((16, 32), (2, 4, 8), (1, 2)), kv="fp8_e4m3",
-    ),
-    "decode-fp8-long": ShapeClass(
-        "decode", {"kind": "mha", "load": "long"}, ("decode bs8 kv65536",), _gluon((16, 32), (1, 2, 4), (2, 4, 8)),
-        kv="fp8_e4m3",
-    ),
-    "decode-fp8-many": ShapeClass(
-        "decode", {"kind": "mha", "load": "many"}, ("decode bs64 kv4096", "decode bs128 kv2048"),
-        _gluon((16, 32), (1, 2, 4), (2, 4, 8)), kv="fp8_e4m3",
-    ),
-    "decode-fp8-mixed": ShapeClass(
-        "decode", {"kind": "mha", "load": "mixed"}, ("decode bs64 kv128-32768 log-uniform",),
-        _gluon((16, 32), (1, 2, 4), (2, 4, 8)), kv="fp8_e4m3",
-    ),
-    "mla-few-rows": ShapeClass(
-        "decode", {**_MLA, "max_rows": 16}, ("mla H16 bs1 kv8192", "mla H16 bs32 kv4096", "mla H16 bs128 kv4096"),
-        _decode((16, 32), (4, 8), (2, 3), (1,)), forced=(("gluon", False),),
-    ),
-    "mla": ShapeClass(
-        "decode", _MLA, ("mla H128 bs1 kv8192", "mla H128 bs32 kv4096", "mla H128 bs128 kv4096"),
-        _decode((32, 64), (4, 8), (1, 2), (1,)), forced=(("gluon", False),),
-    ),
-    "extend": ShapeClass(
-        "extend", _MHA, tuple(name for name, shape in SHAPES.items() if shape.bench == "extend"),
-        _extend((128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 4, 2), (64, 64, 4, 3)), forced=(("gluon", False),),
-    ),
-}  # fmt: skip
+#: (class, shape) -> label of a candidate -> error against the oracle, or why it is out.
+Checked = dict[tuple[str, str], dict[str, float | str]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--classes", default=",".join(CLASSES))
-    parser.add_argument("--seconds", type=float, default=0.05)
-    parser.add_argument("--workers", type=int, default=12)
+    parser.add_argument("--seconds", type=float, default=0.03, help="of each candidate at each shape")
+    parser.add_argument("--workers", type=int, default=15)
+    parser.add_argument("--budget", type=float, default=300.0, help="seconds after which nothing new is begun")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + given.budget
     arch = detect().arch
     assert arch is not None, "no accelerator"
-    entries, measured = [], []
-    for name in given.classes.split(","):
-        rows = list(measure(name, CLASSES[name], given.seconds, given.workers))
+    chosen = {name: CLASSES[name] for name in given.classes.split(",")}
+    tried = {name: candidates_of(of, arch) for name, of in chosen.items()}
+    right = checked(chosen, tried, given.workers, deadline - given.budget / 2)
+    classes: list[dict[str, Any]] = []
+    measured: list[dict[str, Any]] = []
+    for name, of in chosen.items():
+        rows: list[dict[str, Any]] = []
+        for shape in of.shapes:
+            if time.monotonic() < deadline:
+                rows += timed(name, of, shape, tried[name], right.get((name, shape), {}), given.seconds)
         measured += rows
-        chosen = best(rows)
-        if chosen is not None:
-            entries.append(entry(CLASSES[name], arch, chosen))
-            print(entries[-1], flush=True)
-        (given.out / "triton_tune.json").write_text(json.dumps({**header(), "rows": measured}, indent=1) + "\n")
-        (given.out / "parameters.toml").write_text("\n".join(entries))
+        classes.append(verdict(name, of, arch, rows))
+        print(json.dumps(classes[-1]), flush=True)
+        whole = {**header(), "criterion": f"committed at most {KEEP} of the best", "rows": [*classes, *measured]}
+        (given.out / "triton_tune.json").write_text(json.dumps(whole, indent=1) + "\n")
+        kept = [as_toml(chosen[found["class"]], arch, found["take"]) for found in classes if found["take"]]
+        (given.out / "parameters.toml").write_text("\n".join(kept))
+    good = sum(bool(found["confirmed"]) for found in classes)
+    print(f"{good} of {len(classes)} classes confirmed, {len(measured)} measurements", flush=True)
 
 
-def measure(name: str, shapes: ShapeClass, seconds: float, workers: int) -> Iterator[dict[str, Any]]:
-    """One row for each candidate and shape where it was right."""
-    tried = {f"{name} {i}": candidate for i, candidate in enumerate(shapes.candidates)}
-    variants = {key: {**dict(shapes.forced), shapes.table: candidate} for key, candidate in tried.items()}
-    VARIANTS.update(variants)
-    jobs = [(SHAPES[shape], shapes.kv, key) for shape in shapes.shapes for key in tried]
-    good = compiled_and_right(jobs, workers, time.monotonic() + 600, variants)
-    for shape_name in shapes.shapes:
-        shape: Shape = SHAPES[shape_name]
-        work, _ = workload(shape, shapes.kv)
-        for key, candidate in tried.items():
-            if (shape.name, shapes.kv, key) not in good:
-                continue
-            parameters.FORCED.clear()
-            parameters.FORCED.update(variants[key])
-            backend = TritonBackend(plan(shape.config(kv_cache_dtype=shapes.kv), backend="triton").config, work.cache)
-            ms = time_graph(forward_of(work, backend), seconds=seconds)
-            row = {"class": name, "shape": shape.name, "ms": ms, **candidate}
-            print(json.dumps(row), flush=True)
-            yield row
-        parameters.FORCED.clear()
-        torch.cuda.empty_cache()
+def candidates_of(of: ShapeClass, arch: str) -> dict[str, Candidate]:
+    """The committed entry first, if there is one, then the others."""
+    entry = committed(of, arch)
+    every = [*([] if entry is None else [entry]), *of.candidates]
+    return {label(candidate): candidate for candidate in every}
 
 
-def best(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The candidate with the least mean ratio to the best time of each shape; it must have run on all of them."""
-    least: dict[str, float] = {}
+def checked(
+    chosen: Mapping[str, ShapeClass], tried: Mapping[str, dict[str, Candidate]], workers: int, deadline: float
+) -> Checked:
+    """What every candidate was off at every shape, found in processes side by side."""
+    jobs = []
+    for name, of in chosen.items():
+        every = list(tried[name].items())
+        parts = [dict(every[i : i + CHUNK]) for i in range(0, len(every), CHUNK)]
+        jobs += [(name, of, shape, part) for shape in of.shapes for part in parts]
+    begun, found = time.monotonic(), Checked()
+    pool = ProcessPoolExecutor(workers, get_context("spawn"))
+    waiting = {pool.submit(errors_of, *job[1:]): job for job in jobs}
+    try:
+        for done in as_completed(waiting, timeout=max(1.0, deadline - begun)):
+            name, _, shape, _ = waiting[done]
+            found.setdefault((name, shape), {}).update(done.result())
+    except TimeoutError:
+        late = [f"{job[0]} {job[2]}" for future, job in waiting.items() if not future.done()]
+        print(f"NOT CHECKED {late}", flush=True)
+    for process in list((pool._processes or {}).values()):  # one that hangs keeps the device busy
+        process.kill()
+    pool.shutdown(wait=True, cancel_futures=True)
+    for (name, shape), errors in found.items():
+        for candidate, error in errors.items():
+            if not isinstance(error, float):
+                print(f"OUT {name}, {shape}, {candidate}: {error[-300:]}", flush=True)
+    count = sum(isinstance(error, float) for errors in found.values() for error in errors.values())
+    print(f"{count} right of {sum(map(len, found.values()))} after {time.monotonic() - begun:.0f} s", flush=True)
+    return found
+
+
+def errors_of(of: ShapeClass, shape: str, tried: dict[str, Candidate]) -> dict[str, float | str]:
+    """||out - ref|| / ||ref|| of each candidate, or why it is out: what it raised, or another tile that it became."""
+    torch.set_num_threads(1)
+    work, _ = workload(SHAPES[shape], of.kv)
+    error = oracle_of(work)
+    found: dict[str, float | str] = {}
+    for name, candidate in tried.items():
+        try:
+            with ran(of) as tiles:
+                out = prepared(of, shape, work, candidate)()
+            torch.cuda.synchronize()
+            off = error(out)
+            other = {key: value for key, value in candidate.items() if getattr(tiles[-1], key) != value}
+            found[name] = f"runs as {tiles[-1]}" if other else off if off < MOST_ERROR else f"off by {off}"
+        except Exception:
+            found[name] = traceback.format_exc(limit=-2)
+    return found
+
+
+@contextmanager
+def ran(of: ShapeClass) -> Iterator[list[Any]]:
+    """The tiles that steps bound meanwhile were given: what a candidate asks for may not fit into shared memory."""
+    module, name = (
+        ("attn_triton.partition", "cut_keys") if of.table == "decode" else ("attn_triton.extend", "extend_tile")
+    )
+    real, seen = getattr(importlib.import_module(module), name), []
+
+    def recorded(*args: Any, **options: Any) -> Any:
+        found = real(*args, **options)
+        seen.append(found.tile if of.table == "decode" else found)
+        return found
+
+    setattr(importlib.import_module(module), name, recorded)
+    try:
+        yield seen
+    finally:
+        setattr(importlib.import_module(module), name, real)
+
+
+def prepared(of: ShapeClass, shape: str, work: Workload, candidate: Candidate | None) -> Callable[[], Tensor]:
+    """A layer's call with a candidate, bound; with what the table gives for None. The step is its own."""
+    parameters.FORCED.clear()
+    parameters.FORCED.update(dict(of.forced) if candidate is None else {**dict(of.forced), of.table: candidate})
+    own = replace(work, batch=replace(work.batch, plan_state=None))
+    backend = TritonBackend(plan(SHAPES[shape].config(kv_cache_dtype=of.kv), backend="triton").config, own.cache)
+    call = forward_of(own, backend)
+    call()
+    parameters.FORCED.clear()
+    return call
+
+
+def oracle_of(work: Workload, rows: int = 16) -> Callable[[Tensor], float]:
+    """||out - ref|| / ||ref|| over the last ``rows`` tokens of three requests, as `Workload.error` has it, with the
+    reference computed once.
+    """
+    lengths = work.shape.query_lens
+    chosen = sorted({0, len(lengths) // 2, len(lengths) - 1})
+    tails = [min(rows, lengths[b]) for b in chosen]
+    ends = [sum(lengths[: b + 1]) for b in chosen]
+    picked = torch.cat([torch.arange(end - n, end) for end, n in zip(ends, tails, strict=True)]).to(work.q.device)
+    part = ForwardBatch.build(
+        ForwardMode.EXTEND, query_lens=tails, seq_lens=[work.shape.seq_lens[b] for b in chosen],
+        pages=[work.pages[b] for b in chosen], page_size=work.cache.page_size, device=work.q.device,
+    )  # fmt: skip
+    expected, _ = reference(work.q[picked], work.layer, part, work.cache)
+
+    def error(out: Tensor) -> float:
+        return float((out[picked].to(expected.device).double() - expected).norm() / expected.norm())
+
+    return error
+
+
+def timed(
+    name: str,
+    of: ShapeClass,
+    shape: str,
+    tried: Mapping[str, Candidate],
+    errors: Mapping[str, float | str],
+    seconds: float,
+) -> list[dict[str, Any]]:
+    """A row for each candidate that was right at ``shape``; the table itself must give the committed one."""
+    work, _ = workload(SHAPES[shape], of.kv)
+    entry = committed(of, detect().arch or "")
+    with ran(of) as tiles:
+        prepared(of, shape, work, None)
+    if any(getattr(tiles[-1], key) != value for key, value in (entry or {}).items()):
+        print(f"NOT SERVED {name}: the table gives {shape} {tiles[-1]}, not {entry}", flush=True)
+        return []
+    good = [key for key in tried if isinstance(errors.get(key), float)]
+    times = in_turns([prepared(of, shape, work, tried[key]) for key in good], seconds)
+    itemsize = work.cache.dtype.itemsize
+    found = []
+    for key, ms in zip(good, times, strict=True):
+        impl = "attn:triton" if entry is not None and key == label(entry) else f"attn:triton {key}"
+        of_layer = row(SHAPES[shape], impl, ms, itemsize=itemsize)
+        found.append({
+            "what": "candidate", "class": name, "candidate": key, "bench": of_layer.bench, "shape": shape,
+            "impl": impl, "ms": ms, "gbs": of_layer.gbs, "tflops": of_layer.tflops, "err": errors[key],
+        })  # fmt: skip
+    parameters.FORCED.clear()
+    torch.cuda.empty_cache()
+    return found
+
+
+def in_turns(calls: list[Callable[[], Tensor]], seconds: float) -> list[float]:
+    """Median milliseconds of each call, of graphs of CALLS of them, replayed one after the other again and again."""
+    graphs = []
+    for call in calls:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(CALLS):
+                call()
+        graphs.append(graph)
+    total = sum(_replayed(graph) for graph in graphs for _ in range(2)) / 2
+    rounds = max(5, min(50, int(seconds * 1e3 * len(graphs) / max(total, 1e-3))))
+    samples = [[_replayed(graph) for graph in graphs] for _ in range(rounds)]
+    return [statistics.median(of_one) / CALLS for of_one in zip(*samples, strict=True)]
+
+
+def _replayed(graph: torch.cuda.CUDAGraph) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))
+
+
+def verdict(name: str, of: ShapeClass, arch: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row of a class: its best candidate, the ratio of the committed entry to it, and which of them to take."""
+    entry = committed(of, arch)
+    best, means = best_of(of, rows)
+    own = None if entry is None else label(entry)
+    ratio = means[own] / means[best] if best is not None and own in means else None
+    confirmed = None if ratio is None else ratio <= KEEP
+    return {
+        "what": "class", "class": name, "table": of.table, "arch": arch, "facts": of.facts, "shapes": list(of.shapes),
+        "candidates": len(means), "committed": own, "best": best, "ratio": ratio, "confirmed": confirmed,
+        "take": entry if confirmed or best is None else candidates_of(of, arch)[best],
+    }  # fmt: skip
+
+
+def best_of(of: ShapeClass, rows: list[dict[str, Any]]) -> tuple[str | None, dict[str, float]]:
+    """The candidate with the least geometric mean over the shapes of the class, and the means of all that ran
+    everywhere; none if a shape was not measured.
+    """
     times: dict[str, dict[str, float]] = {}
-    for row in rows:
-        candidate = json.dumps({k: v for k, v in row.items() if k not in ("class", "shape", "ms")})
-        times.setdefault(candidate, {})[row["shape"]] = row["ms"]
-        least[row["shape"]] = min(row["ms"], least.get(row["shape"], math.inf))
-    whole = {candidate: of for candidate, of in times.items() if of.keys() == least.keys()}
-    if not whole:
-        return None
-    ratio = {candidate: math.prod(ms / least[shape] for shape, ms in of.items()) for candidate, of in whole.items()}
-    chosen: dict[str, Any] = json.loads(min(ratio, key=lambda candidate: ratio[candidate]))
-    return chosen
+    for measured in rows:
+        times.setdefault(measured["candidate"], {})[measured["shape"]] = measured["ms"]
+    means = {
+        name: math.exp(statistics.fmean(map(math.log, of_one.values())))
+        for name, of_one in times.items()
+        if of_one.keys() == set(of.shapes)
+    }
+    return min(means, key=lambda name: means[name], default=None), means
 
 
-def entry(shapes: ShapeClass, arch: str, chosen: dict[str, Any]) -> str:
+def as_toml(of: ShapeClass, arch: str, chosen: Candidate) -> str:
     """The entry as parameters.toml has it."""
-    facts = {"arch": arch, **shapes.facts, **chosen}
-    lines = [f"{key} = {json.dumps(value)}" for key, value in facts.items()]
-    return f"[[{shapes.table}]]\n" + "\n".join(lines) + "\n"
+    lines = [f"{key} = {json.dumps(value)}" for key, value in {"arch": arch, **of.facts, **chosen}.items()]
+    return f"[[{of.table}]]\n" + "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
