@@ -8,6 +8,8 @@
 #   host     microseconds of the host, bytes of the graphs' state
 #   memory   compute-sanitizer, memcheck and racecheck side by side, over a small step for every kernel, SANITIZE seconds (110)
 #   random   random steps against the oracle, RANDOM seconds (40)
+#   tune     the committed launch parameters beside the candidates round them, TUNE seconds (120), CLASSES of them
+#   generate `attn generate` and its session with MODEL (a .gguf file): RUNS of backend:dtype beside eager attention
 #   ceiling  what the card can do
 set -u
 begun=$SECONDS; R=${R:-/tmp/attn-triton-results}; S=${S:-/tmp/attn-gpu-site}; mkdir -p "$R" "$S/ours"
@@ -40,7 +42,7 @@ import os, pathlib, tarfile
 from concurrent.futures import ThreadPoolExecutor
 
 into = pathlib.Path(os.environ["TRITON_CACHE_DIR"])
-parts = [part for part in sorted(pathlib.Path(".gputri").glob("*.tar.xz")) if not (into / f".{part.name}").exists()]
+parts = [part for part in sorted([*pathlib.Path(".gputri").glob("*.tar.xz"), *pathlib.Path(".gputri/tune").glob("*.tar.xz")]) if not (into / f".{part.name}").exists()]
 into.mkdir(parents=True, exist_ok=True)
 
 
@@ -75,6 +77,12 @@ sanitize() {
   TRITON_CACHE_DIR=${STEPS_CACHE:-$TRITON_CACHE_DIR} timeout "${SANITIZE:-110}" compute-sanitizer --tool "$1" python3 benchmarks/triton_check.py small 2>&1 |
     tee "$R/$1.txt" | tail -22 | cut -c1-200
 }
+generate() {
+  local ask=("What is the capital of France?" --device cuda --attention-backend triton --model "$MODEL" --max-new-tokens 24)
+  py 90 -m attn_core generate "${ask[@]}" --dtype float32
+  py 60 -m attn_core generate "${ask[@]}" --dtype float32 --cuda-graph
+  py 150 benchmarks/generate_smollm2.py --model "$MODEL" --runs "${RUNS:-triton:float32,triton:bfloat16,torch_native:float32}" --out "$R"
+}
 memory() { sanitize memcheck & sanitize racecheck & wait; }
 for stage in "$@"; do
   say "$stage"
@@ -85,6 +93,8 @@ for stage in "$@"; do
     checks)  fixed & memory & wait; verify ;;
     speed)   py $(( ${SPEED:-60} + 30 )) benchmarks/triton_attention.py speed plot --out "$R" --budget "${SPEED:-60}" --workers 15 ${WITH:-} ;;
     host)    py 40 benchmarks/triton_host.py --out "$R" ;;
+    tune)    py $(( ${TUNE:-120} + 30 )) benchmarks/triton_tune.py --out "$R" --budget "${TUNE:-120}" --workers 15 ${CLASSES:+--classes "$CLASSES"} ;;
+    generate) generate ;;
     ceiling) py 30 benchmarks/triton_attention.py ceiling --out "$R" ;;
     random)  py $(( ${RANDOM_SECONDS:-40} + 30 )) benchmarks/triton_check.py random --seeds "${SEEDS:-0:400}" --workers 15 --seconds "${RANDOM_SECONDS:-40}" ;;
     *) echo "unknown stage $stage"; exit 2 ;;

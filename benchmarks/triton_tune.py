@@ -1,12 +1,12 @@
 """Launch parameters of attn-triton measured on this GPU: whether the committed table, attn_triton/parameters.toml, has
-the best of each class of shapes, and entries for what it has not.
+the best of each class of shapes, or what is computed where it has nothing; and entries for what would be better.
 
     python benchmarks/triton_tune.py --out FOLDER [--classes decode-few,extend] [--seconds 0.03] [--budget 120]
 
 The committed entry of a class and the candidates round it (`triton_tune_classes.py`) run every shape of the class. Each
 is checked against the fp64 oracle first, side by side in processes, which is also what compiles. Then, alone on the
 GPU, they are timed in turns, replay by replay, so that a clock that moves is the same for all. The best of a class has
-the least geometric mean over its shapes. An entry within KEEP of it is kept: what decides less than that is the run.
+the least geometric mean over its shapes. What is committed is kept within KEEP of it: less than that the run decides.
 
 FOLDER/triton_tune.json has a row for each class (what=class: ratio of the committed entry to the best) and for each
 measurement (what=candidate); FOLDER/parameters.toml the entries, kept or new.
@@ -31,7 +31,7 @@ from typing import Any, Final
 
 import torch
 from attn_core.bench.run import Workload, row
-from attn_core.bench.shapes import SHAPES
+from attn_core.planning.config import AttentionConfig
 from attn_core.planning.plan import plan
 from attn_core.planning.system import detect
 from attn_core.runtime.batch import ForwardBatch, ForwardMode
@@ -39,13 +39,15 @@ from attn_core.testing.reference import reference
 from attn_triton import parameters
 from attn_triton.backend import TritonBackend
 from torch import Tensor
-from triton_attention import forward_of, header, workload
-from triton_tune_classes import CLASSES, Candidate, ShapeClass, committed, label
+from triton_attention import DEVICE, forward_of, header
+from triton_tune_classes import CLASSES, Candidate, ShapeClass, committed, label, shape_of
 
 #: How much more time than the best the committed entry may take and be kept.
 KEEP: Final = 1.03
-#: The error that an output may have, as `triton_attention.compiled_and_right` allows.
-MOST_ERROR: Final = 1e-2
+#: The error that an output may have, by the dtype of the queries.
+MOST_ERROR: Final = {"bfloat16": 1e-2, "float32": 1e-5}
+#: What parameters.py computes where the table has nothing.
+DEFAULT: Final = "default"
 #: Candidates that one process checks at a time, and calls in a graph.
 CHUNK, CALLS = 5, 10
 
@@ -86,15 +88,15 @@ def main() -> None:
     print(f"{good} of {len(classes)} classes confirmed, {len(measured)} measurements", flush=True)
 
 
-def candidates_of(of: ShapeClass, arch: str) -> dict[str, Candidate]:
-    """The committed entry first, if there is one, then the others."""
+def candidates_of(of: ShapeClass, arch: str) -> dict[str, Candidate | None]:
+    """The committed entry first, or DEFAULT where there is none, then the others."""
     entry = committed(of, arch)
-    every = [*([] if entry is None else [entry]), *of.candidates]
-    return {label(candidate): candidate for candidate in every}
+    first = {DEFAULT: None} if entry is None else {label(entry): entry}
+    return {**first, **{label(candidate): candidate for candidate in of.candidates}}
 
 
 def checked(
-    chosen: Mapping[str, ShapeClass], tried: Mapping[str, dict[str, Candidate]], workers: int, deadline: float
+    chosen: Mapping[str, ShapeClass], tried: Mapping[str, dict[str, Candidate | None]], workers: int, deadline: float
 ) -> Checked:
     """What every candidate was off at every shape, found in processes side by side."""
     jobs = []
@@ -124,20 +126,20 @@ def checked(
     return found
 
 
-def errors_of(of: ShapeClass, shape: str, tried: dict[str, Candidate]) -> dict[str, float | str]:
+def errors_of(of: ShapeClass, shape: str, tried: dict[str, Candidate | None]) -> dict[str, float | str]:
     """||out - ref|| / ||ref|| of each candidate, or why it is out: what it raised, or another tile that it became."""
     torch.set_num_threads(1)
-    work, _ = workload(SHAPES[shape], of.kv)
-    error = oracle_of(work)
+    work, config = made(of, shape)
+    error, most = oracle_of(work), MOST_ERROR[of.dtype]
     found: dict[str, float | str] = {}
     for name, candidate in tried.items():
         try:
             with ran(of) as tiles:
-                out = prepared(of, shape, work, candidate)()
+                out = prepared(of, work, config, candidate)()
             torch.cuda.synchronize()
             off = error(out)
-            other = {key: value for key, value in candidate.items() if getattr(tiles[-1], key) != value}
-            found[name] = f"runs as {tiles[-1]}" if other else off if off < MOST_ERROR else f"off by {off}"
+            other = {key: value for key, value in (candidate or {}).items() if getattr(tiles[-1], key) != value}
+            found[name] = f"runs as {tiles[-1]}" if other else off if off < most else f"off by {off}"
         except Exception:
             found[name] = traceback.format_exc(limit=-2)
     return found
@@ -163,13 +165,22 @@ def ran(of: ShapeClass) -> Iterator[list[Any]]:
         setattr(importlib.import_module(module), name, real)
 
 
-def prepared(of: ShapeClass, shape: str, work: Workload, candidate: Candidate | None) -> Callable[[], Tensor]:
+def made(of: ShapeClass, shape: str) -> tuple[Workload, AttentionConfig]:
+    """A shape with its tensors, and what the backend is built of."""
+    parameters.FORCED.clear()
+    named = shape_of(shape)
+    decided = plan(named.config(of.dtype, of.kv), backend="triton")
+    return Workload.make(named, decided, DEVICE), decided.config
+
+
+def prepared(
+    of: ShapeClass, work: Workload, config: AttentionConfig, candidate: Candidate | None
+) -> Callable[[], Tensor]:
     """A layer's call with a candidate, bound; with what the table gives for None. The step is its own."""
     parameters.FORCED.clear()
     parameters.FORCED.update(dict(of.forced) if candidate is None else {**dict(of.forced), of.table: candidate})
     own = replace(work, batch=replace(work.batch, plan_state=None))
-    backend = TritonBackend(plan(SHAPES[shape].config(kv_cache_dtype=of.kv), backend="triton").config, own.cache)
-    call = forward_of(own, backend)
+    call = forward_of(own, TritonBackend(config, own.cache))
     call()
     parameters.FORCED.clear()
     return call
@@ -200,25 +211,25 @@ def timed(
     name: str,
     of: ShapeClass,
     shape: str,
-    tried: Mapping[str, Candidate],
+    tried: Mapping[str, Candidate | None],
     errors: Mapping[str, float | str],
     seconds: float,
 ) -> list[dict[str, Any]]:
     """A row for each candidate that was right at ``shape``; the table itself must give the committed one."""
-    work, _ = workload(SHAPES[shape], of.kv)
+    work, config = made(of, shape)
     entry = committed(of, detect().arch or "")
     with ran(of) as tiles:
-        prepared(of, shape, work, None)
+        prepared(of, work, config, None)
     if any(getattr(tiles[-1], key) != value for key, value in (entry or {}).items()):
         print(f"NOT SERVED {name}: the table gives {shape} {tiles[-1]}, not {entry}", flush=True)
         return []
     good = [key for key in tried if isinstance(errors.get(key), float)]
-    times = in_turns([prepared(of, shape, work, tried[key]) for key in good], seconds)
+    times = in_turns([prepared(of, work, config, tried[key]) for key in good], seconds)
     itemsize = work.cache.dtype.itemsize
     found = []
     for key, ms in zip(good, times, strict=True):
-        impl = "attn:triton" if entry is not None and key == label(entry) else f"attn:triton {key}"
-        of_layer = row(SHAPES[shape], impl, ms, itemsize=itemsize)
+        impl = "attn:triton" if key == next(iter(tried)) else f"attn:triton {key}"
+        of_layer = row(work.shape, impl, ms, itemsize=itemsize)
         found.append({
             "what": "candidate", "class": name, "candidate": key, "bench": of_layer.bench, "shape": shape,
             "impl": impl, "ms": ms, "gbs": of_layer.gbs, "tflops": of_layer.tflops, "err": errors[key],
@@ -256,11 +267,12 @@ def verdict(name: str, of: ShapeClass, arch: str, rows: list[dict[str, Any]]) ->
     """The row of a class: its best candidate, the ratio of the committed entry to it, and which of them to take."""
     entry = committed(of, arch)
     best, means = best_of(of, rows)
-    own = None if entry is None else label(entry)
+    own = next(iter(candidates_of(of, arch)))
     ratio = means[own] / means[best] if best is not None and own in means else None
     confirmed = None if ratio is None else ratio <= KEEP
     return {
-        "what": "class", "class": name, "table": of.table, "arch": arch, "facts": of.facts, "shapes": list(of.shapes),
+        "what": "class", "class": name, "table": of.table, "arch": arch, "facts": of.facts,
+        "dtype": of.dtype, "shapes": list(of.shapes),
         "candidates": len(means), "committed": own, "best": best, "ratio": ratio, "confirmed": confirmed,
         "take": entry if confirmed or best is None else candidates_of(of, arch)[best],
     }  # fmt: skip

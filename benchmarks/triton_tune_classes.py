@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Final
 
-from attn_core.bench.shapes import SHAPES
+from attn_core.bench.shapes import SHAPES, Shape
 
 #: Values by name, as an entry has them beside the facts that select it.
 Candidate = dict[str, Any]
@@ -29,6 +29,7 @@ class ShapeClass:
     candidates: tuple[Candidate, ...]
     kv: str = "auto"
     forced: tuple[tuple[str, Any], ...] = ()
+    dtype: str = "bfloat16"
 
 
 def _decode(
@@ -63,6 +64,18 @@ _FEW: Final = ("decode bs1 kv8192", "decode bs16 kv4096")
 _LONG: Final = ("decode bs8 kv65536",)
 _MIXED: Final = ("decode bs64 kv128-32768 log-uniform",)
 _FULL: Final = _gluon((16, 32), (1, 4), (1, 8), (2, 2), (2, 4), (4, 1), (4, 2))
+
+_EXACT: Final = {"item_bytes": 4, "cache_bytes": 4}
+_CHAIN: Final = (8,) * 32, (4096 + 8,) * 32
+#: Shapes of no published table: prompts and short chains of wide heads, for exact fp32.
+MORE_SHAPES: Final[Mapping[str, Shape]] = {
+    shape.name: shape
+    for shape in (
+        Shape("decode", "chain of 8 bs32 kv4096", *_CHAIN),
+        Shape("decode", "chain of 8 bs32 kv4096, 256 wide", *_CHAIN, qk_head_dim=256, v_head_dim=256),
+        Shape("extend", "extend bs8 q512, 256 wide", (512,) * 8, (512,) * 8, qk_head_dim=256, v_head_dim=256),
+    )
+}
 
 CLASSES: Final[Mapping[str, ShapeClass]] = {
     "decode-few": ShapeClass(
@@ -105,11 +118,41 @@ CLASSES: Final[Mapping[str, ShapeClass]] = {
         (*_decode((32, 64), (8,), (1, 2), (1,)), *_decode((32,), (8,), (3,), (1,)), *_decode((32,), (4,), (2,), (1,))),
         forced=_PLAIN,
     ),
+    # Exact fp32 has no entries. Beside the default: the tiles of before it was bounded by what compilers stand.
+    "fp32-decode": ShapeClass(
+        "decode", {"kind": "mha", **_EXACT}, ("decode bs64 kv4096",), _decode((32, 64), (8,), (2,), (1,)),
+        dtype="float32",
+    ),
+    "fp32-chain": ShapeClass(
+        "decode", {"kind": "mha", **_EXACT, "max_width": 128}, ("chain of 8 bs32 kv4096",),
+        _decode((64,), (4,), (2,), (1,)), dtype="float32",
+    ),
+    "fp32-chain-wide": ShapeClass(
+        "decode", {"kind": "mha", **_EXACT, "max_width": 256}, ("chain of 8 bs32 kv4096, 256 wide",),
+        _decode((32,), (4,), (2,), (1,)), dtype="float32",
+    ),
+    "fp32-mla": ShapeClass(
+        "decode", {"kind": "mla", **_EXACT}, ("mla H16 bs32 kv4096",), _decode((32,), (4,), (2,), (1,)),
+        dtype="float32",
+    ),
+    "fp32-extend": ShapeClass(
+        "extend", {"kind": "mha", **_EXACT, "max_width": 128}, ("extend bs8 q1024 pre0",),
+        _extend((32, 16, 4, 2)), dtype="float32",
+    ),
+    "fp32-extend-wide": ShapeClass(
+        "extend", {"kind": "mha", **_EXACT, "max_width": 256}, ("extend bs8 q512, 256 wide",),
+        _extend((32, 32, 4, 2)), dtype="float32",
+    ),
     "extend": ShapeClass(
         "extend", _MHA, tuple(name for name, shape in SHAPES.items() if shape.bench == "extend"),
         _extend((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 2), (64, 64, 4, 3)), forced=_PLAIN,
     ),
 }  # fmt: skip
+
+
+def shape_of(name: str) -> Shape:
+    """A named shape of the benchmarks, or of MORE_SHAPES."""
+    return MORE_SHAPES[name] if name in MORE_SHAPES else SHAPES[name]
 
 
 def entries(arch: str) -> list[tuple[str, dict[str, Any], Candidate]]:
