@@ -31,6 +31,7 @@ for folder in ("core", "plugins/attn-triton"):
 P
 wait
 export PYTHONPATH="$PWD/core/src:$PWD/plugins/attn-triton/src:$S/ours:$S:${PYTHONPATH:-}" PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
+[ -d .gputri/hyp ] && PYTHONPATH=$PWD/.gputri/hyp:$PYTHONPATH # the random cases that were compiled ahead are this release's draws
 export PYTHONWARNINGS=ignore TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/attn-triton-cache}
 export CUDA_HOME=${CUDA_HOME:-/usr/local/cuda} FLASHINFER_WORKSPACE_BASE=$S/jit FLASHINFER_CUDA_ARCH_LIST=9.0a FLASHINFER_DISABLE_JIT=${FLASHINFER_DISABLE_JIT-1}
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | tee "$R/device.txt"
