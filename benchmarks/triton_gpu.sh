@@ -5,6 +5,7 @@
 #   verify   the kit for VERIFY seconds (50), TIER contract; evidence of what ran; kernels compiled ahead lie in .gputri
 #   checks   fixed and memory side by side, then verify, on WORKERS (16) processes
 #   speed    every named shape beside its peers, at most SPEED seconds (60); plots
+#   engines  every named shape beside the Triton kernels of vLLM and SGLang, at most ENGINES seconds (80)
 #   host     microseconds of the host, bytes of the graphs' state
 #   memory   compute-sanitizer, memcheck and racecheck side by side, over a small step for every kernel, SANITIZE seconds (110)
 #   random   random steps against the oracle, RANDOM seconds (40)
@@ -93,6 +94,8 @@ for stage in "$@"; do
     memory)  memory ;;
     checks)  fixed & memory & wait; verify ;;
     speed)   py $(( ${SPEED:-60} + 30 )) benchmarks/triton_attention.py speed plot --out "$R" --budget "${SPEED:-60}" --workers 15 ${WITH:-} ;;
+    engines) py $(( ${ENGINES:-80} + 40 )) benchmarks/triton_attention.py speed --out "$R" --name triton_engines --budget "${ENGINES:-80}" --workers 15 \
+               --bench decode,mixed,mla,extend --variants table --peers vllm-triton,sglang-triton --seconds 0.05 ;;
     host)    py 40 benchmarks/triton_host.py --out "$R" ;;
     tune)    py $(( ${TUNE:-120} + 30 )) benchmarks/triton_tune.py --out "$R" --budget "${TUNE:-120}" --workers 15 ${CLASSES:+--classes "$CLASSES"} ;;
     generate) generate ;;

@@ -3,9 +3,9 @@ graphs' state.
 
     python benchmarks/triton_host.py --out FOLDER
 
-Microseconds are medians of single calls (`time_host`) at batch 64. "of it" rows are parts of the call above them, each
-timed alone: `launch` is the driver's call with arguments that are ready, `python` the whole call with launches that do
-nothing.
+Microseconds are medians of single calls (`time_host`) at batch 64, after a second of the same calls. "of it" rows are
+parts of the call above them, each timed alone: `launch` is the driver's call with arguments that are ready, `python` is
+the whole call with launches that do nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import time
 import unittest.mock
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -65,6 +66,10 @@ def decode_calls() -> Iterator[dict[str, Any]]:
             attend = partial(backend.forward, q, None, None, layer, batch, save_kv_cache=False)
             both = partial(backend.forward, q, work.k, work.v, layer, batch)
             into = partial(both, out=torch.empty_like(q))
+            awake = time.perf_counter() + 1.0
+            while time.perf_counter() < awake:  # a processor that idled takes a while to be as fast as it is
+                both()
+                torch.cuda.synchronize()
             calls: dict[str, Callable[[], object]] = {
                 "attention": attend,
                 "attention and write": both,

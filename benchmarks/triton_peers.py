@@ -1,4 +1,6 @@
-"""The libraries that attn-triton is timed beside, called directly with schedules made once, as a good caller does."""
+"""What attn-triton is timed beside, called directly with schedules made once, as a good caller does: libraries, and the
+Triton kernels of engines.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from attn_core.bench.run import Workload
 from attn_core.bench.shapes import Shape
+from triton_engine_peers import sglang_triton, vllm_triton
 
 Call = Callable[[], torch.Tensor]
 
@@ -19,10 +22,15 @@ def peers_of(shape: Shape, kv: str, work: Workload, names: list[str]) -> Iterato
         "flashinfer": shape.kind == "mha" and shape.phase == "decode",  # its prefill takes minutes to build
         "flashmla": shape.kind == "mla",
         "flashinfer_mla": shape.kind == "mla",
+        "vllm-triton": shape.kind == "mha",
+        "sglang-triton": True,
     }
     if kv != "auto":
         return
-    makers = {"fa3": _fa3, "flashmla": _flashmla, "flashinfer": _flashinfer, "flashinfer_mla": _flashinfer_mla}
+    makers = {
+        "fa3": _fa3, "flashmla": _flashmla, "flashinfer": _flashinfer, "flashinfer_mla": _flashinfer_mla,
+        "vllm-triton": vllm_triton, "sglang-triton": sglang_triton,
+    }  # fmt: skip
     for name in names:
         if fitting.get(name):
             try:
