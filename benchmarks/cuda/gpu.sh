@@ -10,7 +10,10 @@
 #                    MPS=1: through NVIDIA's multi-process service if that starts, which ends with the stage
 #   gpu.sh measure   times them on the quiet machine, beside their libraries; models, mixed plans and traps
 #   gpu.sh layers    what a layer costs the host above its library's own call, on the quiet machine
-#   gpu.sh fa4       needs .gpu4 (pack.sh OUT fa4): verifies fa4 for VERIFY seconds and times it
+#   gpu.sh fa4       needs .gpu4 (pack.sh OUT fa4): verifies fa4 for VERIFY seconds and times it (not with VERIFY, SPEED, LAYERS=0);
+#                    .gpu4cache, if it was carried: kernels.json (fa4_kernels.py list), compiled first for COMPILE seconds
+#                    on all cores, *.tar.xz with kernels that were compiled before, and hyp/, the hypothesis whose draws
+#                    they are; SAVE=1: the library's cache of kernels comes back, to be carried there; then the single CASES (ids)
 # A machine that is still warm has what was unpacked before, and needs nothing carried again.
 set -u
 stage=$1; begun=$SECONDS; R=${R:-/tmp/attn-results-$stage}; rm -rf "$R"; mkdir -p "$R"
@@ -25,7 +28,13 @@ unpack() { # archives into a folder, all at once, each only once
 }
 case $stage in
   unpack | modules | tiers | measure | layers) unpack "$S" .gpu/*/site.tar.xz; unpack "$S/flashinfer/data/aot" .gpumod/*.tar.xz ;;
-  fa4) unpack "$S" .gpu4/*/site.tar.xz; export FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1 ;;
+  fa4)
+    unpack "$S" .gpu4/*/site.tar.xz .gpu4cache/hyp/site.tar.xz
+    export FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1 FLASH_ATTENTION_CUTE_DSL_CACHE_DIR=${KERNELS:-$S/fa4-kernels}
+    here=$(grep -m 1 ^flags /proc/cpuinfo)  # the host's part of a kernel is for the processor that compiled it
+    for flag in avx512f avx512bw avx512dq avx512vl bmi2; do [[ " $here " == *" $flag "* ]] || other=$flag; done
+    [ -n "${other:-}" ] && echo "kernels that were carried are left out: no $other here" ||
+      unpack "$FLASH_ATTENTION_CUTE_DSL_CACHE_DIR" .gpu4cache/*.tar.xz ;;
   *) echo "unknown stage $stage" >&2; exit 2 ;;
 esac
 [ "$stage" = unpack ] && { echo "unpacked at $((SECONDS - begun)) s: $(ls "$S/flashinfer/data/aot" 2>/dev/null | wc -l) modules"; exit; }
@@ -34,6 +43,7 @@ export OMP_NUM_THREADS=1 ATTN_NUM_THREADS=1 TRITON_CACHE_DIR=${TRITON_CACHE_DIR:
 export CUDA_HOME=${CUDA_HOME:-/usr/local/cuda} FLASHINFER_WORKSPACE_BASE=$S/jit FLASHINFER_CUDA_ARCH_LIST=9.0a
 export FLASHINFER_DISABLE_JIT=${FLASHINFER_DISABLE_JIT-1}  # what was not carried is refused, and the evidence says so
 export PYTHONPATH="$(python3 benchmarks/cuda_libraries.py site "$S/ours"):$S/ours:$PYTHONPATH"
+[ "$stage" = fa4 ] && PYTHONPATH=$S/hyp:$PYTHONPATH
 lib() { local limit=$1 log=$2; shift 2; timeout "$limit" python3 benchmarks/cuda_libraries.py "$@" --out "$R" > "$R/log-$log.txt" 2>&1; }
 pack() { tar -C "$R" -czf "$OUT/cuda-$stage.$1" . && mv "$OUT/cuda-$stage.$1" "$OUT/cuda-$stage.tgz"; }
 bring() { pack tmp; echo "$1 at $((SECONDS - begun)) s"; }
@@ -65,10 +75,20 @@ case $stage in
   layers)
     lib "${LAYERS:-40}" layers layers --backends "${TIMED:-flashinfer_mla,flashmla,fa3,flashinfer}" --rounds "${ROUNDS:-60}"; bring layers ;;
   fa4)
-    TIER=${TIER:-contract}; VERIFY=${VERIFY:-110}; [ "${MPS:-0}" = 1 ] && share "$R/mps.txt"
-    check fa4 15; alone; bring verified
-    lib "${SPEED:-60}" speed speed --backends fa4 --seconds 0.08; bring timed
-    lib "${LAYERS:-30}" layers layers --backends fa4 --rounds "${ROUNDS:-60}"; bring layers ;;
+    TIER=${TIER:-contract}; VERIFY=${VERIFY:-110}
+    [ -f .gpu4cache/kernels.json ] && [ "${COMPILE:-0}" != 0 ] && {
+      timeout $((COMPILE + 40)) python3 benchmarks/cuda/fa4_kernels.py compile .gpu4cache/kernels.json \
+        --processes "$(nproc --all)" --seconds "$COMPILE" > "$R/log-kernels.txt" 2>&1; tail -n 1 "$R/log-kernels.txt"; bring compiled; }
+    [ "${SAVE:-0}" = 1 ] && { # in four parts, by the first digit of their names
+      for part in 0-3 4-7 8-b c-f; do
+        (cd "$FLASH_ATTENTION_CUTE_DSL_CACHE_DIR" && find . -name "[$part]*.o" -print0 |
+          tar --null -T - -c | xz -1 > "$OUT/kernels-$part.tar.xz") & saving="${saving:-} $!"
+      done; wait $saving; echo "saved at $((SECONDS - begun)) s"; }
+    [ -n "${CASES:-}" ] && { lib 100 cases cases fa4 $CASES; bring "single cases"; }
+    [ "$VERIFY" = 0 ] || {
+      [ "${MPS:-0}" = 1 ] && share "$R/mps.txt"; check fa4 "${WORKERS:-15}"; alone; bring verified; }
+    [ "${SPEED:-60}" = 0 ] || { lib "${SPEED:-60}" speed speed --backends fa4 --seconds 0.08; bring timed; }
+    [ "${LAYERS:-30}" = 0 ] || { lib "${LAYERS:-30}" layers layers --backends fa4 --rounds "${ROUNDS:-60}"; bring layers; } ;;
 esac
 for f in "$R"/log-*.txt; do echo "== $f"; tail -n 4 "$f" | cut -c1-300; done
 grep -h "of the library" "$R"/log-speed.txt 2>/dev/null | cut -c1-200; grep -h "^\[\(host\|layers\|traps\|models\|mixed\|cases\)\]" "$R"/log-*.txt | cut -c1-240
