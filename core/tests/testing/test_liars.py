@@ -29,7 +29,7 @@ def test_what_liars_are_made_of_is_honest() -> None:
 
         name = "liar_honest"
 
-    honest = Liar(LiarHonest, ("verify_tree", "ragged"), {"mla": True})
+    honest = Liar(LiarHonest, ("verify_tree", "ragged", "far"), {"mla": True})
     with register(LiarHonest, manifest(honest)) as ref:
         target = Target(ref, System("cpu"), torch.device("cpu"))
         tried = cases(honest, ref.manifest, target.system)

@@ -12,6 +12,7 @@ from attn_core.planning.manifest import Manifest
 from attn_core.planning.system import System
 from attn_core.testing.axes import TIERS, Tier
 from attn_core.testing.cases import Case
+from attn_core.testing.extras import extra_cases
 from attn_core.testing.fuzz import EXAMPLES, Share, shares
 from attn_core.testing.generation import generate_cases, ladder_cases, most_telling_first, spread
 from attn_core.testing.refusals import refusal_cases
@@ -35,12 +36,14 @@ class Done(NamedTuple):
 class Agenda:
     """The cases of a run, each with its part (a tier, or refusals), and the shares of fuzzing.
 
-    ``required``: the cases without which nothing is proved, each declared thing alone.
+    ``required``: the cases without which nothing is proved, each declared thing alone. ``last``: those that come after
+    all others of their tier.
     """
 
     parts: Mapping[Case, str]
     shares: Sequence[Share] = ()
     required: frozenset[Case] = frozenset()
+    last: frozenset[Case] = frozenset()
 
     @property
     def cases(self) -> list[Case]:
@@ -57,11 +60,15 @@ class Agenda:
         In each of these what shows most comes first: a run may end before its cases do.
         """
         by_part: dict[str, list[Case]] = {}
+        last: dict[str, list[Case]] = {}
         for case, part in self.parts.items():
-            by_part.setdefault(_REQUIRED if case in self.required else part, []).append(case)
+            of = last if case in self.last else by_part
+            of.setdefault(_REQUIRED if case in self.required else part, []).append(case)
         for part in (_REQUIRED, TIERS[0], REFUSALS, PROBES, *TIERS[1:-1]):
             yield from most_telling_first(by_part.get(part, []))
+            yield from last.get(part, [])
         yield from _merged(most_telling_first(by_part.get(TIERS[-1], [])), self.shares)
+        yield from last.get(TIERS[-1], [])
 
     def done(self, ran: Collection[Case], fuzzed: int) -> dict[str, Done]:
         """How much of each part was done: the cases that ran, and as many as were fuzzed."""
@@ -91,11 +98,13 @@ def agenda(
     select: str = "",
     max_cases: int | None = None,
     examples: int = EXAMPLES,
+    emulated: bool = False,
 ) -> Agenda:
     """The cases of a tier and of those before it, the refusals, and in the last tier ``examples`` of fuzzing.
 
     select: only cases with this text in their id, and no fuzzing. max_cases: a spread of at most so many positive
-    cases. Raises UsageError if no case is left.
+    cases, without those that a tier has besides its ladders and covering arrays. emulated: without those that need a
+    device's memory. Raises UsageError if no case is left.
     """
     positive: dict[Case, str] = {}
     for part in TIERS[: TIERS.index(tier) + 1]:
@@ -103,10 +112,22 @@ def agenda(
             if select in case.id:
                 positive.setdefault(case, part)
     chosen = spread(list(positive), max_cases)
+    extras = {} if len(chosen) < len(positive) else _extras(manifest, tier, system, seed, select, emulated)
+    extras = {case: part for case, part in extras.items() if case not in positive}
     refused = [case for case in refusal_cases(manifest, tier, system, seed) if select in case.id]
-    if not chosen and not refused:
+    if not chosen and not extras and not refused:
         raise UsageError(f"no case has {select!r} in its id", given=select, hint="leave select out")
-    parts = {case: positive[case] for case in chosen} | dict.fromkeys(refused, REFUSALS)
+    parts = {case: positive[case] for case in chosen} | extras | dict.fromkeys(refused, REFUSALS)
     fuzzes = tier == TIERS[-1] and not select
     alone = frozenset(ladder_cases(manifest, TIERS[0], system, seed)) & parts.keys()
-    return Agenda(parts, shares(seed, examples) if fuzzes else (), alone)
+    return Agenda(parts, shares(seed, examples) if fuzzes else (), alone, frozenset(extras))
+
+
+def _extras(manifest: Manifest, tier: Tier, system: System, seed: int, select: str, emulated: bool) -> dict[Case, str]:
+    """The extra cases of a tier and of those before it."""
+    found: dict[Case, str] = {}
+    for part in TIERS[: TIERS.index(tier) + 1]:
+        for case in extra_cases(manifest, part, system, seed):
+            if select in case.id and not (emulated and case.far):
+                found.setdefault(case, part)
+    return found

@@ -47,6 +47,7 @@ OPTIONS: Final[dict[str, str]] = {
     "twice": "the step runs three times: the same bits (feature deterministic)",
     "alone": "each request runs alone as well: the same bits (feature batch_invariant)",
     "graph": "captured once, replayed for other batches (feature cuda_graph)",
+    "sinks16": "the sinks are bfloat16, as some models keep them, and not float32",
 }
 
 
@@ -84,6 +85,8 @@ class Case:
 
     ``pattern`` is repeated up to ``batch`` requests. ``tree`` is "" for a chain; ``topK`` for a tree with K children a
     node, ``topKdead`` for one whose last branch is dead. ``refused`` is the reason code that must refuse the case.
+    ``first_layer``: the id of the first layer, as of a later stage of a pipeline. ``far`` N: the pages lie beyond
+    element 2**N of the pool, where an address of so many bits wraps around; 0 for a pool that is just large enough.
     """
 
     mode: Mode
@@ -99,6 +102,8 @@ class Case:
     options: frozenset[str] = frozenset()
     refused: str = ""
     seed: int = 0
+    first_layer: int = 0
+    far: int = 0
 
     @property
     def requests(self) -> tuple[Request, ...]:
@@ -152,7 +157,7 @@ class Case:
     def config(self) -> AttentionConfig:
         """What planning is asked for this case. Layer i of the case is of kind i; equal kinds are one kind."""
         layers: dict[LayerKind, tuple[int, ...]] = {}
-        for i, kind in enumerate(self.kinds):
+        for i, kind in enumerate(self.kinds, self.first_layer):
             layers[kind] = (*layers.get(kind, ()), i)
         return AttentionConfig(
             layers=tuple(replace(kind, layer_ids=ids) for kind, ids in layers.items()),
@@ -170,6 +175,10 @@ class Case:
             speculative_num_draft_tokens=self.draft_tokens,
             speculative_eagle_topk=self.topk,
         )
+
+    def kind_of(self, layer_id: int) -> LayerKind:
+        """The kind of a layer of the case."""
+        return self.kinds[layer_id - self.first_layer]
 
     def _longest_table(self) -> int:
         """Tokens that the widest page table of the case can hold: its longest sequence, later steps, spare columns."""
@@ -211,6 +220,8 @@ class Case:
             "saturation": "hot" in self.options and self.kv_dtype != "auto",
             "not_causal": any(kind.ragged and not kind.causal for kind in self.kinds),
             "long": max(r.seq_len for r in self.pattern) > 4 * page + 16,
+            "first_layer": self.first_layer > 0,
+            "far": self.far > 0,
         }
 
 
@@ -227,7 +238,19 @@ def _window_claim(kind: LayerKind, page: int) -> str:
     return "1" if window == 1 else "short" if window < page else "long" if window < 1 << 16 else "endless"
 
 
-_PLAIN: Final = ("batch", "dtype", "kv_dtype", "page_size", "layout", "memory", "tree", "refused", "seed")
+_PLAIN: Final = (
+    "batch",
+    "dtype",
+    "kv_dtype",
+    "page_size",
+    "layout",
+    "memory",
+    "tree",
+    "refused",
+    "seed",
+    "first_layer",
+    "far",
+)
 _DEFAULTS: Final = {f.name: f.default for f in fields(Case)}
 #: What the values of settings look like, where that is more than a word or a number.
 _VALUES: Final = {

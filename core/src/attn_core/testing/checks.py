@@ -131,19 +131,23 @@ def differing(first: Iterable[Output], second: Iterable[Output]) -> str | None:
     return None
 
 
-def snapshot(cache: KVCache) -> dict[int, tuple[Tensor, Tensor | None]]:
-    """A copy of every pool, on the host."""
+def snapshot(scene: Scene, cache: KVCache) -> dict[int, tuple[Tensor, Tensor | None]]:
+    """A copy of every pool, or of what the case watches of it, on the host."""
     copies = {}
     for layer_id in cache.layer_ids:
         values = cache.v(layer_id)
-        copies[layer_id] = (_copied(cache.k(layer_id)), None if values is None else _copied(values))
+        keys = _copied(scene.site.watched(cache.k(layer_id)))
+        copies[layer_id] = (keys, None if values is None else _copied(scene.site.watched(values)))
     return copies
 
 
 def write_faults(
     scene: Scene, cache: KVCache, before: Mapping[int, tuple[Tensor, Tensor | None]], steps: Iterable[Step]
 ) -> list[Fault]:
-    """The whole cache against what it was: the slots of the steps hold their keys and values, nothing else changed."""
+    """The cache against what it was: the slots of the steps hold their keys and values, nothing else changed.
+
+    Of a cache that is too large to be looked through, what the case watches.
+    """
     steps = list(steps)
     found = []
     for layer in scene.layers:
@@ -156,7 +160,8 @@ def write_faults(
         if values is not None and old_v is not None and truth.v is not None:
             pools.append(("v", values, old_v, truth.v, layer.v_scale))
         for name, now, old, rows, scale in pools:
-            found += _pool_faults(f"layer {layer.layer_id}, {name}", scene, now, old, rows, scale, written)
+            where, seen = f"layer {layer.layer_id}, {name}", scene.site.watched(now)
+            found += _pool_faults(where, scene, seen, old, rows, scale, written)
     return found
 
 

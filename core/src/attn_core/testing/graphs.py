@@ -37,7 +37,7 @@ def graph_faults(trial: Trial) -> list[Fault]:
     graph = CapturedStep(trial, waves[0])
     found: list[Fault] = []
     trial.scene.fill(trial.cache, poison=True)
-    before = snapshot(trial.cache)
+    before = snapshot(trial.scene, trial.cache)
     for i, step in enumerate(waves):
         if not trial.case.options & {"nosave", "decoy"}:
             outputs, faults = graph.replay(step, strict=i > 0)

@@ -20,7 +20,7 @@ from attn_core.testing.checks import Fault
 from attn_core.testing.devices import Place, at
 from attn_core.testing.report import Report
 from attn_core.testing.rows import rows_of
-from attn_core.testing.run import Result, Target
+from attn_core.testing.run import NOT_BEGUN, Result, Target
 from attn_core.testing.runner import check_usable
 from attn_core.testing.workers import Look, run_job
 
@@ -38,8 +38,9 @@ class Subject:
         check_usable(self.ref, self.place)
         self.target = Target(self.ref, self.place.system, self.place.device)
         self.agenda = agenda(
-            self.ref.manifest, tier, self.place.system, seed, max_cases=self.place.max_cases, examples=0
-        )
+            self.ref.manifest, tier, self.place.system, seed, max_cases=self.place.max_cases, examples=0,
+            emulated=self.place.level != "silicon",
+        )  # fmt: skip
 
     def close(self) -> None:
         """Leave the device."""
@@ -59,9 +60,10 @@ class Subject:
         )
         facts = evidence.facts(self.ref, self.place)
         seconds = sum(result.seconds for result in results)
+        begun = {result.case for result in results if not result.note.startswith(NOT_BEGUN)}
         return Report(
             self.ref.name, self.place.text, self.place.level, self.tier, self.seed, tuple(results), rows, blames,
-            seconds, facts, done=self.agenda.done({result.case for result in results}, 0),
+            seconds, facts, done=self.agenda.done(begun, 0),
         )  # fmt: skip
 
 

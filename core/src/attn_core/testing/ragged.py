@@ -34,7 +34,7 @@ def _layer_faults(backend: AttentionBackend, scene: Scene, layer: AttentionLayer
             given.q, given.k, given.v, layer,
             query_start_loc=_starts(given.new, scene.device),
             key_start_loc=_starts(given.keys, scene.device),
-            causal=case.kinds[layer.layer_id].causal,
+            causal=case.kind_of(layer.layer_id).causal,
         )  # fmt: skip
         found += output_faults(output, expect(every, given.q, layer, precision), f"layer {layer.layer_id}")
     for name, now, copy in zip("qkv", (given.q, given.k, given.v), copies, strict=True):
@@ -84,7 +84,7 @@ class _Given:
             key_start_loc=_starts(self.keys, scene.device),
             max_query_len=max(self.new),
             max_key_len=max(self.keys),
-            causal=case.kinds[layer.layer_id].causal,
+            causal=case.kind_of(layer.layer_id).causal,
             return_lse="lse" in case.options,
             out=out if "out" in case.options else None,
         )  # fmt: skip

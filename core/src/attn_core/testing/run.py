@@ -31,12 +31,13 @@ from attn_core.testing.checks import (
     snapshot,
     write_faults,
 )
+from attn_core.testing.far import room_for
 from attn_core.testing.reference import problems
 from attn_core.testing.scene import Inputs, Scene, Step
 from attn_core.testing.tolerances import Precision, expect
 
 Status = Literal["passed", "failed", "not_run"]
-#: How the note of a case begins that a run had no time for.
+#: How the note of a case begins that a run had no time for, or no memory.
 NOT_BEGUN: Final = "not begun"
 #: How the note of a case begins that ran when the time of a run was over.
 NOT_ENDED: Final = "not ended"
@@ -92,6 +93,13 @@ def run_case(case: Case, target: Target, *, look: bool = False) -> Result:
 
     ``look``: a wrong output is compared with what known mistakes would give, which takes many times as long.
     """
+    if not case.far:
+        return _run_case(case, target, look)
+    with room_for(case, target.device) as lacking:
+        return Result(case, "not_run", note=f"{NOT_BEGUN}: {lacking}") if lacking else _run_case(case, target, look)
+
+
+def _run_case(case: Case, target: Target, look: bool) -> Result:
     begun = time.perf_counter()
 
     def ended(status: Status, faults: list[Fault], note: str = "") -> Result:
@@ -192,7 +200,9 @@ class Trial:
             if slots is not None:
                 truth, place = self.scene.truth[layer.layer_id], self.scene.device
                 v = None if truth.v is None else truth.v[slots].to(place)
-                self.witness.backend.write_kv(truth.k[slots].to(place), v, layer, slots.to(place))
+                self.witness.backend.write_kv(
+                    truth.k[slots].to(place), v, layer, self.scene.site.slots(slots).to(place)
+                )
 
     def forward(self, inputs: Inputs, batch: ForwardBatch) -> Output:
         """One forward of one layer, asked for what the case asks for."""
@@ -216,7 +226,7 @@ class Trial:
     def _run_clean(self) -> list[Fault]:
         found: list[Fault] = []
         self.scene.fill(self.cache, poison=False)
-        before = snapshot(self.cache)
+        before = snapshot(self.scene, self.cache)
         guards = [InputGuard(step) for wave in self.scene.waves for step in wave]
         self.clean = self.play(each=lambda step, outputs: found.extend(self._compare(step, outputs)))
         found += write_faults(self.scene, self.cache, before, (step for wave in self.scene.waves for step in wave))
@@ -247,7 +257,7 @@ class Trial:
     def _run_poisoned(self) -> list[Fault]:
         """The same with NaN and infinities in every slot that holds no token: not a bit may change."""
         self.scene.fill(self.cache, poison=True)
-        before = snapshot(self.cache)
+        before = snapshot(self.scene, self.cache)
         poisoned = self.play(poison=True)
         found = write_faults(self.scene, self.cache, before, (step for wave in self.scene.waves for step in wave))
         where = differing(self.clean, poisoned)

@@ -78,7 +78,15 @@ def verify(
         plan = (
             Agenda({Case.parse(case): tier})
             if case is not None
-            else agenda(ref.manifest, tier, place.system, seed, select=select, max_cases=max_cases or place.max_cases)
+            else agenda(
+                ref.manifest,
+                tier,
+                place.system,
+                seed,
+                select=select,
+                max_cases=max_cases or place.max_cases,
+                emulated=place.level != "silicon",
+            )
         )
         run = _Run(
             ref,
@@ -180,7 +188,7 @@ class _Run:
         except LostDeviceError as error:
             cut = str(error)
         every = [of_case.get(case) or Result(case, "not_run", note=f"{NOT_BEGUN}: {cut}") for case in plan.cases]
-        ended = {case for case, result in of_case.items() if not result.note.startswith(NOT_ENDED)}
+        ended = {case for case, result in of_case.items() if not result.note.startswith((NOT_BEGUN, NOT_ENDED))}
         return [*every, *fuzzed], plan.done(ended, len(fuzzed))
 
     def looked_at(self, blames: Sequence[Blame]) -> dict[Case, Result]:

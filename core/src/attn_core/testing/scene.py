@@ -14,6 +14,7 @@ from attn_core.runtime.batch import ForwardBatch, ForwardMode, TreeMask, slots_o
 from attn_core.runtime.kv_cache import FP8_DTYPES, TORCH_DTYPES, KVCache, cache_dtype
 from attn_core.runtime.layer import AttentionLayer
 from attn_core.testing.cases import Case, Request
+from attn_core.testing.far import Site
 from attn_core.testing.pages import Placement, place
 
 #: Scales of an fp8 cache: no powers of two, and not each other.
@@ -62,6 +63,7 @@ class Step:
 class Truth:
     """The keys and values of every slot of a layer, [slots, Hkv, D] in the working dtype on the host; v None for MLA.
 
+    Slots are those of the placement, as its pages are: where they lie in the pool is the matter of the `Site`.
     ``junk`` is what the pool holds where no token lies: finite, and wrong.
     """
 
@@ -81,8 +83,9 @@ class Scene:
         self._rng = torch.Generator().manual_seed(case.seed * 7919 + 17)
         self.sequences = self._sequences()
         self.placement, self.encoder_pages = self._place()
-        ids = [i for i, kind in enumerate(case.kinds) if kind.ragged == (case.mode == "ragged")]
-        self.layers = [self._layer(case.kinds[i], i) for i in ids]
+        self.site = Site.of(case, self.placement.num_pages)
+        every = enumerate(case.kinds, case.first_layer)
+        self.layers = [self._layer(kind, i) for i, kind in every if kind.ragged == (case.mode == "ragged")]
         self.truth = {layer.layer_id: self._truth(layer) for layer in self.layers} if case.mode != "ragged" else {}
         self.waves = self._waves()
         self._contents: dict[tuple[int, str, bool], Tensor] = {}
@@ -115,7 +118,8 @@ class Scene:
         sinks = None
         if kind.sinks:
             # values that bfloat16 holds exactly: a kernel may want them so
-            sinks = self._random(kind.num_q_heads).bfloat16().float().to(self.device)
+            sinks = self._random(kind.num_q_heads).bfloat16()
+            sinks = (sinks if "sinks16" in self.case.options else sinks.float()).to(self.device)
         fp8 = cache_dtype(self.config) in FP8_DTYPES and not kind.ragged
         scales = {"k_scale": K_SCALE, "v_scale": V_SCALE} if fp8 else {}
         return AttentionLayer.of_kind(kind, layer_id, sinks=sinks, **scales)
@@ -127,7 +131,7 @@ class Scene:
         return self._random(count, heads, width).to(self.dtype)
 
     def _truth(self, layer: AttentionLayer) -> Truth:
-        slots, heads = self.placement.num_pages * self.page_size, layer.num_kv_heads
+        slots, heads = self.site.num_slots, layer.num_kv_heads
         k, junk_k = (self._rows(slots, heads, layer.qk_head_dim) for _ in range(2))
         if layer.kind == "mla":
             return Truth(k, None, junk_k, None)
@@ -147,12 +151,13 @@ class Scene:
         """An unfilled cache of the case's layout: its own tensors, or views of wider ones."""
         k: dict[int, Tensor] = {}
         v: dict[int, Tensor | None] = {}
-        for kind, layer_id in ((kind, i) for i, kind in enumerate(self.case.kinds) if not kind.ragged):
-            k[layer_id], v[layer_id] = self._pools(kind)
+        for layer_id, kind in enumerate(self.case.kinds, self.case.first_layer):
+            if not kind.ragged:
+                k[layer_id], v[layer_id] = self._pools(kind)
         return KVCache(k, v, page_size=self.page_size, layout=self.case.layout)
 
     def _pools(self, kind: LayerKind) -> tuple[Tensor, Tensor | None]:
-        pages, page, heads = self.placement.num_pages, self.page_size, kind.num_kv_heads
+        pages, page, heads = self.site.num_pages, self.page_size, kind.num_kv_heads
         dtype, options = cache_dtype(self.config), self.case.options
         inner = {"NHD": (page, heads), "HND": (heads, page), "MLA": (page,)}[self.case.layout]
         if kind.kind == "mla":
@@ -190,8 +195,8 @@ class Scene:
         if key not in self._contents:
             scale = layer.k_scale if name == "k" else layer.v_scale
             content = _content(truth, junk, self._known(layer), scale, pool.dtype, poison)
-            self._contents[key] = content.view(bits).view(pool.shape)
-        pool.view(bits).copy_(self._contents[key])
+            self._contents[key] = content.view(bits).view(-1, *pool.shape[1:])
+        self.site.put(pool.view(bits), self._contents[key])
 
     def _known(self, layer: AttentionLayer) -> Tensor:
         """The slots whose tokens are in the cache before the first step: prefixes, and the holes of every step."""
@@ -261,6 +266,7 @@ class Scene:
         step = Step(batch, [], tuple(group))
         for layer in self.layers:
             self._add_inputs(step, layer, batch.encoder_slot_mapping if layer.cross else own)
+        self.site.move(batch)
         return step
 
     def _make_holes(self, batch: ForwardBatch) -> None:

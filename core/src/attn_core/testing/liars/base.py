@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,10 @@ from attn_core.runtime.layer import AttentionLayer
 from attn_core.runtime.torch_native.backend import TorchNativeBackend
 
 Result = Tensor | tuple[Tensor, Tensor]
+
+#: The power of two beyond which the pages of a liar's case are far, as those of others are beyond 2**31: what its
+#: addresses lose shows without the memory.
+FAR_OF_LIARS: Final = 20
 
 
 class Mutant(TorchNativeBackend):

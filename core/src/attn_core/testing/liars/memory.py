@@ -13,7 +13,7 @@ from attn_core.planning.config import AttentionConfig
 from attn_core.runtime.batch import ForwardBatch, ForwardMode
 from attn_core.runtime.kv_cache import FP8_DTYPES, KVCache
 from attn_core.runtime.layer import AttentionLayer
-from attn_core.testing.liars.base import Mutant, Result, breaks, position_of_token
+from attn_core.testing.liars.base import FAR_OF_LIARS, Mutant, Result, breaks, position_of_token
 from attn_core.testing.liars.masks import with_lengths
 
 
@@ -25,6 +25,29 @@ class PageTableIgnored(Mutant):
         columns = torch.arange(batch.page_table.shape[1], device=batch.device, dtype=torch.int32)
         consecutive = (batch.page_table[:, :1] + columns).clamp(max=self.kv_cache.num_pages - 1)
         return replace(batch, page_table=consecutive)
+
+
+@breaks("far")
+class ReadsWhereAddressesWrap(Mutant):
+    """The place of a page is computed in as many bits as a smaller pool needs."""
+
+    def alter_batch(self, batch: ForwardBatch) -> ForwardBatch:
+        encoder = None if batch.encoder_page_table is None else self._wrapped(batch.encoder_page_table)
+        return replace(batch, page_table=self._wrapped(batch.page_table), encoder_page_table=encoder)
+
+    def _wrapped(self, pages: Tensor) -> Tensor:
+        stride = self.kv_cache.k(self.kv_cache.layer_ids[0]).stride(0)
+        return (pages.long() * stride % (1 << FAR_OF_LIARS) // stride).int()
+
+
+@breaks("far", "cache_write", "foreign_write")
+class WritesWhereAddressesWrap(Mutant):
+    """The place of a slot that is written is computed in as many bits as a smaller pool needs."""
+
+    def store(self, k: Tensor, v: Tensor | None, layer: AttentionLayer, slots: Tensor) -> None:
+        width = self.kv_cache.k(layer.layer_id).stride(0) // self.kv_cache.page_size
+        wrapped = slots * width % (1 << FAR_OF_LIARS) // width
+        self.write_kv(k, v, layer, torch.where(slots < 0, slots, wrapped))
 
 
 @breaks("partial_page")

@@ -13,9 +13,10 @@ from attn_core.planning.manifest import Manifest
 from attn_core.planning.system import System
 from attn_core.testing.blame import Blame, explain
 from attn_core.testing.cases import Case
+from attn_core.testing.extras import extra_cases
 from attn_core.testing.generation import ladder_cases
 from attn_core.testing.liars import masks, memory, scores, steps
-from attn_core.testing.liars.base import LIARS, Liar
+from attn_core.testing.liars.base import FAR_OF_LIARS, LIARS, Liar
 from attn_core.testing.run import Result, Target, run_case
 
 #: The modules whose import registers the liars.
@@ -53,8 +54,11 @@ def manifest(liar: Liar) -> dict[str, Any]:
 
 
 def cases(liar: Liar, claimed: Manifest, system: System) -> list[Case]:
-    """The ladders of the first tier in the modes of the liar."""
-    return [case for case in ladder_cases(claimed, "contract", system) if case.mode in liar.modes]
+    """The ladders of the first tier in the modes of the liar, and its extra cases; for who wraps, far pages too."""
+    extras = extra_cases(claimed, "contract", system)
+    if "far" in liar.breaks:
+        extras += extra_cases(claimed, "stress", system, far=FAR_OF_LIARS)
+    return [case for case in ladder_cases(claimed, "contract", system) + extras if case.mode in liar.modes]
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,6 +90,18 @@ class SinkTwice(Mutant):
         return layer if layer.sinks is None else replace(layer, sinks=layer.sinks + math.log(2))
 
 
+@breaks("sinks16")
+class SinksAlwaysFloat32(Mutant):
+    """The bytes of the sinks are read as float32, whatever their dtype is."""
+
+    def alter_layer(self, layer: AttentionLayer, batch: ForwardBatch) -> AttentionLayer:
+        if layer.sinks is None:
+            return layer
+        more = torch.zeros(4 * layer.num_q_heads, dtype=torch.uint8, device=layer.sinks.device)
+        held = torch.cat([layer.sinks.contiguous().view(torch.uint8), more])
+        return replace(layer, sinks=held[: 4 * layer.num_q_heads].view(torch.float32).nan_to_num())
+
+
 @breaks("sinks")
 class SinkOfAnotherHead(Mutant):
     """Each head has the sink of its neighbour."""

@@ -44,6 +44,23 @@ class FirstStepForever(Mutant):
         batch.plan_state = self.first.setdefault(shape, batch.plan_state)
 
 
+@breaks("first_layer")
+class LayersInAList(Mutant):
+    """The caches of the layers are a list, and a layer's id is taken for its place in it."""
+
+    def attend(self, q: Tensor, layer: AttentionLayer, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
+        ids = self.kv_cache.layer_ids
+        return self.honest(q, replace(layer, layer_id=ids[layer.layer_id % len(ids)]), batch)
+
+
+@breaks("first_layer")
+class LayersInAShortList(Mutant):
+    """The same, and an id beyond its end is an error."""
+
+    def attend(self, q: Tensor, layer: AttentionLayer, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
+        return self.honest(q, replace(layer, layer_id=self.kv_cache.layer_ids[layer.layer_id]), batch)
+
+
 @breaks("cuda_graph", features=["cuda_graph"])
 class StalePageTable(Mutant):
     """A replay does not refresh the page table that the graph reads."""
