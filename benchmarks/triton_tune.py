@@ -231,8 +231,9 @@ def timed(
         impl = "attn:triton" if key == next(iter(tried)) else f"attn:triton {key}"
         of_layer = row(work.shape, impl, ms, itemsize=itemsize)
         found.append({
-            "what": "candidate", "class": name, "dtype": of.dtype, "candidate": key, "bench": of_layer.bench, "shape": shape,
-            "impl": impl, "ms": ms, "gbs": of_layer.gbs, "tflops": of_layer.tflops, "err": errors[key],
+            "what": "candidate", "class": name, "dtype": of.dtype, "candidate": key,
+            "bench": of_layer.bench, "shape": shape, "impl": impl,
+            "ms": ms, "gbs": of_layer.gbs, "tflops": of_layer.tflops, "err": errors[key],
         })  # fmt: skip
     parameters.FORCED.clear()
     torch.cuda.empty_cache()
