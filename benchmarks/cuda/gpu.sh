@@ -57,7 +57,7 @@ check() { # backend, workers: all of the tier that VERIFY seconds allow, or a sp
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | tee "$R/device.txt"; echo "unpacked at $((SECONDS - begun)) s"
 case $stage in
   modules)
-    ls "$S/flashinfer/data/aot" > "$R/there.txt"; cores=$(nproc)
+    ls "$S/flashinfer/data/aot" > "$R/there.txt"; cores=$(nproc --all)  # nproc alone says OMP_NUM_THREADS
     env -u FLASHINFER_DISABLE_JIT MAX_JOBS=4 timeout $((BUILD + 40)) python3 plugins/attn-flashinfer/gpu/build_modules.py \
       --out "$OUT" --seconds "$BUILD" --at-once $((cores / 3)) --skip "$R/there.txt" 2>&1 | tee "$R/log-modules.txt" | grep modules ;;
   tiers)
