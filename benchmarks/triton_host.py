@@ -29,6 +29,8 @@ from triton_attention import DEVICE, header, workload
 
 BATCH = 64
 KEYS = (1024, 16384)
+#: Seconds of calls before any counts: a processor that idled takes a while to be as fast as it is.
+AWAKE = 1.0
 
 
 def main() -> None:
@@ -66,10 +68,9 @@ def decode_calls() -> Iterator[dict[str, Any]]:
             attend = partial(backend.forward, q, None, None, layer, batch, save_kv_cache=False)
             both = partial(backend.forward, q, work.k, work.v, layer, batch)
             into = partial(both, out=torch.empty_like(q))
-            awake = time.perf_counter() + 1.0
-            while time.perf_counter() < awake:  # a processor that idled takes a while to be as fast as it is
-                both()
-                torch.cuda.synchronize()
+            awake = time.perf_counter() + AWAKE
+            while time.perf_counter() < awake:
+                time_host(both, DEVICE)
             calls: dict[str, Callable[[], object]] = {
                 "attention": attend,
                 "attention and write": both,
@@ -78,10 +79,11 @@ def decode_calls() -> Iterator[dict[str, Any]]:
             }
             for what, call in calls.items():
                 yield _row(what, lengths, keys, time_host(call, DEVICE))
+            both()  # what the new step needs is cut and bound before launches do nothing
             with unittest.mock.patch.object(Bound, "launch", nothing):
                 yield _row("of it: python", lengths, keys, time_host(both, DEVICE))
             yield _row("of it: output made", lengths, keys, time_host(partial(torch.empty_like, q), DEVICE))
-            for name, launch in launches(both).items():
+            for name, launch in launches(into).items():
                 yield _row(f"of it: launch of {name}", lengths, keys, time_host(launch, DEVICE))
             del work, backend
             torch.cuda.empty_cache()
@@ -94,7 +96,7 @@ def nothing(bound: Bound, x: int, y: int = 1) -> None:
 
 
 def launches(call: Callable[[], object]) -> dict[str, Callable[[], object]]:
-    """The launches of a call, by kernel, each with its arguments ready."""
+    """The launches of a call, by kernel, each with its arguments ready; the output must outlive the call."""
     found: dict[str, Callable[[], object]] = {}
     launch = Bound.launch
 
