@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from attn_core.bench.shapes import Shape
+from attn_core.planning.plan import plan
 from attn_core.planning.system import System
 from attn_triton.ahead import CHIPS
 from attn_triton.backend import TritonBackend
@@ -19,8 +20,8 @@ from attn_triton.launch import Launcher, Launchers
 from attn_triton.partition import Partitions, Schedule
 
 sys.path.append(str(Path(__file__).parents[4] / "benchmarks"))
-import triton_attention  # type: ignore[import-not-found]
-import triton_host  # type: ignore[import-not-found]
+import triton_attention  # type: ignore[import-not-found,unused-ignore]
+import triton_host  # type: ignore[import-not-found,unused-ignore]
 
 CHIP = Chip("sm_90", *CHIPS["sm_90"])
 
@@ -60,7 +61,7 @@ def test_no_launch_reads_a_schedule_that_nothing_wrote(monkeypatch: pytest.Monke
     monkeypatch.setattr(Partitions, "schedule", kept)
     monkeypatch.setattr(triton_attention, "TritonBackend", built)
     monkeypatch.setattr(triton_attention, "DEVICE", torch.device("cpu"))
-    monkeypatch.setattr(triton_attention, "plan", partial(triton_attention.plan, system=System.parse("cuda:sm_90")))
+    monkeypatch.setattr(triton_attention, "plan", partial(plan, system=System.parse("cuda:sm_90")))
     for name, value in {"DEVICE": torch.device("cpu"), "KEYS": (512,), "BATCH": 4, "AWAKE": 0.0}.items():
         monkeypatch.setattr(triton_host, name, value)
     monkeypatch.setattr(triton_host, "SHAPES", {"decode bs64 kv4096": Shape("decode", "few", (1,) * 4, (512,) * 4)})
