@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
 
+from attn_core.planning.config import Kind, LayerKind
 from attn_core.planning.manifest import Manifest
 from attn_core.planning.system import System
 from attn_core.testing.axes import Tier
-from attn_core.testing.cases import Case
+from attn_core.testing.cases import Case, Request
 from attn_core.testing.claimed import is_claimed
 from attn_core.testing.generation import Ground, grounds_of, several_requests
 
@@ -22,6 +23,13 @@ FIRST_LAYER: Final = 13
 FAR: Final = 31
 #: dtypes of which a pool that is far takes little memory; those that models have most come first.
 _SMALL: Final = ("bfloat16", "float16")
+#: Layers, pages and prompts as models and engines have them: backends choose kernels of their own for these.
+_OF_MODELS: Final[dict[Kind, LayerKind]] = {
+    "mha": LayerKind(32, 8, 128, 128),
+    "mla": LayerKind(16, 1, 576, 512, kind="mla", scale=0.125),
+}
+_PAGE_OF_MODELS: Final = 64
+_PROMPTS: Final = (Request(300), Request(200, 150), Request(65, 64))
 _MODES_OF_KERNELS: Final = ("extend", "decode", "verify")
 
 
@@ -57,7 +65,7 @@ def _narrow_sinks(ground: Ground) -> Iterator[Case]:
 
 
 def _far_pages(ground: Ground, far: int) -> Iterator[Case]:
-    """Every form of the cache and every phase that has a kernel of its own, and keys that `write_kv` writes.
+    """Every form of the cache and every phase with a kernel of its own, keys that `write_kv` writes, shapes of models.
 
     Where keys and values have pools, these are some of their own and some in one tensor, whose pages are twice as wide.
     """
@@ -69,12 +77,23 @@ def _far_pages(ground: Ground, far: int) -> Iterator[Case]:
     narrow = next((name for name in ("fp8_e4m3", "fp8_e5m2") if name in clause.kv_dtypes), None)
     for layout in clause.kv_layouts:
         case = several_requests(replace(ground.plain(), dtype=dtype, layout=layout, memory="shuffled", far=far))
-        one_tensor = case.options | ({"stacked"} if clause.kind == "mha" else set())
-        options = case.options if ground.mode == "decode" else one_tensor
-        if "auto" in clause.kv_dtypes:
-            case = replace(case, kv_dtype="auto")
-            yield replace(case, options=options)
-            if ground.mode == "extend":
-                yield replace(case, options=case.options | {"nosave"})
-        if narrow is not None and ground.mode != "verify":
-            yield replace(case, kv_dtype=narrow, options=options)
+        yield from _ways_to_store(case, ground, narrow)
+        if ground.mode == "extend" and "auto" in clause.kv_dtypes:
+            yield replace(case, kv_dtype="auto", options=case.options | {"nosave"})
+    if not clause.pages.allows(_PAGE_OF_MODELS):
+        return
+    case = replace(ground.plain(), dtype=dtype, memory="shuffled", far=far, page_size=_PAGE_OF_MODELS)
+    case = several_requests(replace(case, kinds=(_OF_MODELS[clause.kind],)))
+    if ground.mode == "extend":
+        case = replace(case, pattern=_PROMPTS, batch=len(_PROMPTS))
+    yield from _ways_to_store(case, ground, narrow)
+
+
+def _ways_to_store(case: Case, ground: Ground, narrow: str | None) -> Iterator[Case]:
+    """The case with a cache of the working dtype, and with the ``narrow`` one."""
+    one_tensor = ground.mode != "decode" and ground.clause.kind == "mha"
+    case = replace(case, options=case.options | ({"stacked"} if one_tensor else set()))
+    if "auto" in ground.clause.kv_dtypes:
+        yield replace(case, kv_dtype="auto")
+    if narrow is not None and (ground.mode != "verify" or ground.clause.kind == "mla"):
+        yield replace(case, kv_dtype=narrow)
