@@ -199,7 +199,9 @@ def list_kernels(path: Path) -> None:
 
     fuzz.try_one = tried
     for job in plan.jobs():
-        if isinstance(job, Case) and not job.refused:
+        if (
+            isinstance(job, Case) and not job.refused and not job.far
+        ):  # far ones need gigabytes, and no kernel of their own
             now[0] = plan.parts[job]
             tried(job, target)
     now[0] = FUZZ
