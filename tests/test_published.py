@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 import zipfile
@@ -28,6 +29,8 @@ CLASSIFIERS = {
 }
 #: What belongs to the machine and not to a package: torch-npu comes in the version of the machine's CANN.
 OF_THE_MACHINE = {"torch-npu"}
+#: What a kernel library stands on, and is no library of kernels itself.
+GROUND = {"attn-core", "torch", "triton"}
 
 
 def project(folder: Path) -> dict[str, Any]:
@@ -109,6 +112,27 @@ def test_what_planning_asks_for_is_what_an_install_brings(folder: Path) -> None:
             assert brought or names <= OF_THE_MACHINE, f"{name} asks for {requirement}, which no install brings"
             for each in brought:
                 assert_within(each, requirement)
+
+
+@pytest.mark.parametrize("folder", distributions()[1:], ids=lambda folder: folder.name)
+def test_an_install_may_bring_the_versions_that_were_proved_on_silicon(folder: Path) -> None:
+    """And the page of the distribution names that version of its library."""
+    brought, page = dependencies(folder), (folder / "README.md").read_text()
+    for name in project(folder)["entry-points"]["attn.backends"]:
+        for path in ROOT.glob(f"evidence/*/{name}.json"):
+            run = json.loads(path.read_text())
+            if run["level"] != "silicon":
+                continue
+            proved = {dist: version for dist, version in run["versions"].items() if dist in brought}
+            assert set(proved) > {"attn-core"}, f"{path.name} does not say of which library it is"
+            for dist, version in proved.items():
+                assert brought[dist].specifier.contains(version, prereleases=True), f"{dist} {version} was proved"
+                assert dist in GROUND or version in page, f"{dist} {version} was proved, its README is silent"
+
+
+def test_torch_finds_its_numpy() -> None:
+    """Where numpy is missing, torch begins with a warning, and so does the first command of everyone."""
+    assert {"torch", "numpy"} <= set(dependencies(ROOT / "core"))
 
 
 def assert_within(dependency: Dependency, requirement: Requirement) -> None:
