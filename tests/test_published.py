@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import tomllib
 import zipfile
 from email.message import Message
@@ -16,7 +17,7 @@ from attn_core.planning.manifest import Manifest
 from attn_core.planning.versions import Requirement, Version
 from packaging.requirements import Requirement as Dependency
 
-from .conftest import ROOT, distributions
+from .conftest import ROOT, distributions, run
 
 pytestmark = pytest.mark.xdist_group("wheels")
 
@@ -75,6 +76,17 @@ def test_every_wheel_has_one_package_and_all_that_its_source_has(wheels: list[Pa
             if path.is_file() and "__pycache__" not in path.parts
         }
         assert {name for name in inside if not name.startswith("attn_core/evidence/")} == written
+
+
+@pytest.mark.parametrize("name", ["core", "attn-wave"])
+def test_a_source_distribution_gives_the_same_wheel(name: str, wheels: list[Path], tmp_path: Path) -> None:
+    """Of the two that carry what is not Python of their own: evidence and templates, and compiled kernels."""
+    (folder,) = (folder for folder in distributions() if folder.name == name)
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path, folder)  # the wheel out of the sdist
+    (rebuilt,) = tmp_path.glob("*.whl")
+    (wheel,) = (wheel for wheel in wheels if wheel.name == rebuilt.name)
+    contents = [{name: zipfile.ZipFile(each).read(name) for name in files(each)} for each in (rebuilt, wheel)]
+    assert contents[0] == contents[1]
 
 
 def test_the_metadata_is_whole(wheels: list[Path]) -> None:
