@@ -59,7 +59,8 @@ def test_random_cases_are_of_every_sort(target: Target, monkeypatch: pytest.Monk
         counts = Counter(getattr(case, name) for case in seen)
         assert set(counts) == set(values)
         assert min(counts.values()) > len(seen) / len(values) / 4, counts
-    assert {option for case in seen for option in case.options} == set(OPTIONS)
+    # random cases draw from what they drew from when their seeds were first written down: the rest is in `extras`
+    assert {option for case in seen for option in case.options} == set(OPTIONS) - {"sinks16"}
 
 
 def test_most_random_cases_are_within_what_is_claimed(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
