@@ -21,7 +21,7 @@ test-triton: $(TRITON_ENV)/.ready
 	TRITON_INTERPRET=1 $(TRITON_ENV)/bin/python -m pytest -n 2 $(TRITON_TESTS)/interpreted
 	TRITON_CACHE_DIR=$(TRITON_ENV)/cache $(TRITON_ENV)/bin/python -m pytest -n 2 $(TRITON_TESTS)/compiled
 
-# The whole contract tier on the interpreter, with evidence: about 20 minutes of one core.
+# The whole contract tier on the interpreter, with evidence: about 20 minutes of two cores.
 verify-triton: $(TRITON_ENV)/.ready
 	TRITON_INTERPRET=1 $(TRITON_ENV)/bin/python -m attn_core verify triton --device emulated:triton-interpreter \
 		--tier contract --evidence evidence
