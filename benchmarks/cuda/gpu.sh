@@ -77,7 +77,7 @@ case $stage in
   fa4)
     TIER=${TIER:-contract}; VERIFY=${VERIFY:-110}
     [ -f .gpu4cache/kernels.json ] && [ "${COMPILE:-0}" != 0 ] && {
-      timeout $((COMPILE + 40)) python3 benchmarks/cuda/fa4_kernels.py compile .gpu4cache/kernels.json \
+      timeout $((COMPILE + 40)) python3 plugins/attn-fa3/gpu/fa4_kernels.py compile .gpu4cache/kernels.json \
         --processes "$(nproc --all)" --seconds "$COMPILE" > "$R/log-kernels.txt" 2>&1; tail -n 1 "$R/log-kernels.txt"; bring compiled; }
     [ "${SAVE:-0}" = 1 ] && { # in four parts, by the first digit of their names
       for part in 0-3 4-7 8-b c-f; do

@@ -1,7 +1,7 @@
 """The kernels of FlashAttention 4 that the kit's cases need, compiled ahead into the library's own cache on disk.
 
-python benchmarks/cuda/fa4_kernels.py list KERNELS.json                     which they are, from the kit's cases
-python benchmarks/cuda/fa4_kernels.py compile KERNELS.json --processes 16 --seconds 200
+python plugins/attn-fa3/gpu/fa4_kernels.py list KERNELS.json                     which they are, from the kit's cases
+python plugins/attn-fa3/gpu/fa4_kernels.py compile KERNELS.json --processes 16 --seconds 200
 
 Nothing is launched. No GPU is needed: without one, tensors of the CPU say that they lie on ``cuda:0``. A kernel is
 known by the library's own key, and is compiled by a call that has this key. The library compiles without a lock:
