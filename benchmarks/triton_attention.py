@@ -14,14 +14,14 @@ import argparse
 import json
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import replace
 from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from attn_core.bench.results import SCHEMA, Results, Row, table
@@ -32,6 +32,9 @@ from attn_core.planning.plan import plan
 from attn_core.planning.system import detect
 from attn_triton import parameters
 from attn_triton.backend import TritonBackend
+
+J = TypeVar("J", bound=tuple[Any, ...])
+R = TypeVar("R")
 
 DEVICE: Final = torch.device("cuda")
 
@@ -190,34 +193,31 @@ def chosen(variants: str, shape: Shape, kv: str) -> list[str]:
     return [name for name in fitting if variants == "all" or name in variants.split(",")]
 
 
-def compiled_and_right(
-    jobs: list[tuple[Shape, str, str]],
-    workers: int,
-    deadline: float,
-    more: Mapping[str, Mapping[str, Any]] | None = None,
-) -> dict[tuple[str, str, str], float]:
-    """The error of every job that ran and was right, tried side by side: this is also what fills the compile cache.
-
-    more: variants beside `VARIANTS`.
-    """
-    good: dict[tuple[str, str, str], float] = {}
-    begun = time.monotonic()
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), VARIANTS.update, (dict(more or {}),))
-    waiting = {pool.submit(error_of, *job): job for job in jobs}
+def side_by_side(function: Callable[..., R], jobs: Sequence[J], workers: int, deadline: float) -> Iterator[tuple[J, R]]:
+    """(job, ``function(*job)``) in processes, as they end; jobs that are not done at the deadline are printed."""
+    pool = ProcessPoolExecutor(workers, get_context("spawn"))
+    waiting = {pool.submit(function, *job): job for job in jobs}
     try:
-        for done in as_completed(waiting, timeout=max(1.0, deadline - begun)):
-            shape, kv, name = waiting[done]
-            error = done.result()
-            if isinstance(error, float) and error < 1e-2:
-                good[shape.name, kv, name] = error
-            else:
-                print(f"BAD {shape.name} {kv} {name}: {error}", flush=True)
+        for done in as_completed(waiting, timeout=max(1.0, deadline - time.monotonic())):
+            yield waiting[done], done.result()
     except TimeoutError:
-        late = [f"{job[0].name} {job[1]} {job[2]}" for future, job in waiting.items() if not future.done()]
-        print(f"NOT DONE {late}", flush=True)
+        print(f"NOT DONE {[job for future, job in waiting.items() if not future.done()]}"[:2000], flush=True)
     for process in list((pool._processes or {}).values()):  # one that hangs keeps the device busy
         process.kill()
     pool.shutdown(wait=True, cancel_futures=True)
+
+
+def compiled_and_right(
+    jobs: list[tuple[Shape, str, str]], workers: int, deadline: float
+) -> dict[tuple[str, str, str], float]:
+    """The error of every job that ran and was right, tried side by side: this is also what fills the compile cache."""
+    good: dict[tuple[str, str, str], float] = {}
+    begun = time.monotonic()
+    for (shape, kv, name), error in side_by_side(error_of, jobs, workers, deadline):
+        if isinstance(error, float) and error < 1e-2:
+            good[shape.name, kv, name] = error
+        else:
+            print(f"BAD {shape.name} {kv} {name}: {error}", flush=True)
     print(f"{len(good)} of {len(jobs)} right after {time.monotonic() - begun:.0f} s", flush=True)
     return good
 

@@ -22,10 +22,8 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,7 +37,7 @@ from attn_core.testing.reference import reference
 from attn_triton import parameters
 from attn_triton.backend import TritonBackend
 from torch import Tensor
-from triton_attention import DEVICE, forward_of, header
+from triton_attention import DEVICE, forward_of, header, side_by_side
 from triton_tune_classes import CLASSES, Candidate, ShapeClass, committed, label, shape_of
 
 #: How much more time than the best the committed entry may take and be kept.
@@ -103,20 +101,10 @@ def checked(
     for name, of in chosen.items():
         every = list(tried[name].items())
         parts = [dict(every[i : i + CHUNK]) for i in range(0, len(every), CHUNK)]
-        jobs += [(name, of, shape, part) for shape in of.shapes for part in parts]
+        jobs += [(name, shape, part) for shape in of.shapes for part in parts]
     begun, found = time.monotonic(), Checked()
-    pool = ProcessPoolExecutor(workers, get_context("spawn"))
-    waiting = {pool.submit(errors_of, *job[1:]): job for job in jobs}
-    try:
-        for done in as_completed(waiting, timeout=max(1.0, deadline - begun)):
-            name, _, shape, _ = waiting[done]
-            found.setdefault((name, shape), {}).update(done.result())
-    except TimeoutError:
-        late = [f"{job[0]} {job[2]}" for future, job in waiting.items() if not future.done()]
-        print(f"NOT CHECKED {late}", flush=True)
-    for process in list((pool._processes or {}).values()):  # one that hangs keeps the device busy
-        process.kill()
-    pool.shutdown(wait=True, cancel_futures=True)
+    for (name, shape, _), errors in side_by_side(errors_of, jobs, workers, deadline):
+        found.setdefault((name, shape), {}).update(errors)
     for (name, shape), errors in found.items():
         for candidate, error in errors.items():
             if not isinstance(error, float):
@@ -126,9 +114,10 @@ def checked(
     return found
 
 
-def errors_of(of: ShapeClass, shape: str, tried: dict[str, Candidate | None]) -> dict[str, float | str]:
+def errors_of(of_class: str, shape: str, tried: dict[str, Candidate | None]) -> dict[str, float | str]:
     """||out - ref|| / ||ref|| of each candidate, or why it is out: what it raised, or another tile that it became."""
     torch.set_num_threads(1)
+    of = CLASSES[of_class]
     work, config = made(of, shape)
     error, most = oracle_of(work), MOST_ERROR[of.dtype]
     found: dict[str, float | str] = {}
